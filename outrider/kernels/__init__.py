@@ -1,0 +1,1 @@
+"""Kernels, one operation a file: contract, plain-torch reference, Triton kernel, launcher."""

@@ -1,0 +1,1 @@
+"""Models: what is computed. Called by the runner; calls quant and kernels; knows no scheduler."""

@@ -1,0 +1,1 @@
+"""Quantization schemes: how a weight is stored, loaded and multiplied. Called by models."""

@@ -1,0 +1,54 @@
+"""The KV cache's tensors: memory and per-layer views. The books are in ``engine.blocks``; see ``kv_layout``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from outrider.kv_layout import KVLayout
+
+if TYPE_CHECKING:
+    import torch
+
+
+class KVCache:
+    """The tensors of one rank: ``[num_blocks, layers_per_block, 2, kv_heads, block_size, head_dim]``.
+
+    ``dtype`` is float32, bfloat16 or float8_e4m3fn. With FP8 the stored value is ``x / scale``; the scales
+    belong to the layers, which read them from the checkpoint.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        num_blocks: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        import torch
+
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.data = torch.zeros(
+            (num_blocks, layout.layers_per_block, 2, num_kv_heads, layout.block_size, head_dim),
+            dtype=dtype,
+            device=device,
+        )
+        self._place = {
+            layer: (g, i) for g, group in enumerate(layout.groups) for i, layer in enumerate(group)
+        }
+
+    def group_of(self, layer: int) -> int:
+        """The block-table group of a layer."""
+        return self._place[layer][0]
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(k, v)`` views of a layer, each ``[num_blocks, kv_heads, block_size, head_dim]`` (strided)."""
+        index = self._place[layer][1]
+        return self.data[:, index, 0], self.data[:, index, 1]
+
+    @staticmethod
+    def bytes_per_block(layout: KVLayout, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
+        """Memory of one block on one rank."""
+        return layout.layers_per_block * 2 * num_kv_heads * layout.block_size * head_dim * itemsize
