@@ -1,8 +1,8 @@
 """Reads a checkpoint's own description into a ``ModelConfig``. Called by server and runner. No torch.
 
 A Hugging Face folder (``config.json`` with ``generation_config.json`` and ``hf_quant_config.json``), nested
-(``text_config``) or flat, in the spellings of 2025 (``rope_theta`` + ``rope_scaling``, ``torch_dtype``) and of
-transformers 5 (``rope_parameters``, ``dtype``, ``layer_types``, ``moe_layers``); or one ``.gguf`` file.
+(``text_config``) or flat, in the spellings of 2025 (``rope_theta`` + ``rope_scaling``, ``torch_dtype``) and
+of transformers 5 (``rope_parameters``, ``dtype``, ``layer_types``, ``moe_layers``); or one ``.gguf`` file.
 Every number comes from the files; defaults are those of the Hugging Face config classes. Opens no weight.
 """
 
