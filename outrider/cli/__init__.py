@@ -1,1 +1,1 @@
-"""The command line: flags to configs, the commands, and the glue that starts a server. Imports torch never."""
+"""The command line: flags to configs, the commands, the glue that starts a server. Never imports torch."""

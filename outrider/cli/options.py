@@ -31,7 +31,7 @@ _HUMAN_INT = re.compile(r"([+-]?\d+)(\.\d+)?([kmgtKMGT]?)")
 
 @dataclass(frozen=True)
 class Option:
-    """One setting: ``name`` is the field, ``kind`` its type without None, ``config`` the class that owns it."""
+    """One setting: ``name`` is the field, ``kind`` its type without None, ``config`` the owning class."""
 
     name: str
     kind: type

@@ -135,23 +135,10 @@ def _unknown_sentence(unknown: list[str]) -> str:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings of a ``--config`` file by field name; false means false."""
-    settings, faults = read_yaml_with_faults(path)
-    if faults:
-        raise ConfigError(f"{path}: {faults[0]}")
-    return settings
-
-
-def read_yaml_with_faults(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The usable settings of a file, and a sentence for each of the others."""
-    settings: dict[str, Any] = {}
-    faults: list[str] = []
-    for key, value in load_yaml(path).items():
-        try:
-            name, value = _yaml_setting(str(key), value)
-            settings[name] = value
-        except ConfigError as error:
-            faults.append(str(error))
-    return settings, faults
+    try:
+        return dict(yaml_setting(str(key), value) for key, value in load_yaml(path).items())
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def load_yaml(path: Path) -> dict[Any, Any]:
@@ -159,17 +146,17 @@ def load_yaml(path: Path) -> dict[Any, Any]:
     import yaml
 
     if path.suffix not in (".yaml", ".yml"):
-        raise ConfigError(f"--config {path} must be a .yaml or .yml file.")
+        raise ConfigError(f"{path} must be a .yaml or .yml file.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}.") from None
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}.") from None
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"--config {path} must hold 'key: value' lines, not a {type(content).__name__}.")
+        raise ConfigError(f"{path} must hold 'key: value' lines, not a {type(content).__name__}.")
     return content
 
 
@@ -186,7 +173,8 @@ def field_of_key(key: str) -> tuple[str, bool]:
     raise ConfigError(f"{key} is not a setting{nearest(key, [o.key for o in options.values()])}")
 
 
-def _yaml_setting(key: str, value: Any) -> tuple[str, Any]:
+def yaml_setting(key: str, value: Any) -> tuple[str, Any]:
+    """The field and the converted value of one line of a YAML file."""
     name, negated = field_of_key(key)
     converted = all_options()[name].from_yaml(value)
     return name, not converted if negated else converted
