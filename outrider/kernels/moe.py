@@ -1,0 +1,188 @@
+"""Mixture of experts, the routed part: choose experts, scale the input by the score, run SwiGLU per expert.
+
+Called by the MoE layer of ``models`` through ``quant``. The shared expert is the model's business.
+Llama 4: the router's sigmoid score multiplies the expert's *input*, rounded to the model dtype (and, in FP8,
+before quantising), because SiLU makes scaling the output a different function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from outrider.kernels.nvfp4 import dequantize_nvfp4
+from outrider.kernels.quantize import quantize_fp8_reference
+
+ExpertMlp = Callable[[torch.Tensor, int], torch.Tensor]
+"""(rows [R, M] already scaled, local expert) -> [R, M]."""
+
+
+def route(router_logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``router_logits[T, E]`` -> ``(expert_ids i32[T, k], scores f32[T, k])``: top-k of the logits, their sigmoids.
+
+    Scores are not renormalised; the lowest expert wins a tie.
+    """
+    return route_reference(router_logits, top_k)
+
+
+def moe_bf16(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    scores: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    expert_range: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """Routed experts with unquantised weights: ``x[T, M] -> [T, M]``.
+
+    ``w13`` [E, 2I, M] (gate rows first), ``w2`` [E, M, I]. ``expert_range`` = (first, count) names the experts
+    held here; the others contribute zero.
+    """
+    return moe_bf16_reference(x, expert_ids, scores, w13, w2, expert_range)
+
+
+def moe_fp8(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    scores: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2_scale: torch.Tensor,
+    a13_scale: torch.Tensor,
+    a2_scale: torch.Tensor,
+    expert_range: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """Routed experts in static FP8: as ``moe_bf16`` with e4m3 weights.
+
+    ``w13_scale``, ``w2_scale`` f32 [E]; ``a13_scale``, ``a2_scale`` f32 of one element, the calibrated scales of
+    the score-scaled input and of silu(gate)·up.
+    """
+    return moe_fp8_reference(
+        x, expert_ids, scores, w13, w2, w13_scale, w2_scale, a13_scale, a2_scale, expert_range
+    )
+
+
+def moe_nvfp4(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    scores: torch.Tensor,
+    w13: torch.Tensor,
+    w13_block_scale: torch.Tensor,
+    w13_global_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_block_scale: torch.Tensor,
+    w2_global_scale: torch.Tensor,
+    expert_range: tuple[int, int] | None = None,
+    fp8_activations: bool = False,
+) -> torch.Tensor:
+    """Routed experts with NVFP4 weights: as ``moe_bf16`` on the dequantised weights.
+
+    ``w13`` u8 [E, 2I, M/2], block scales e4m3 [E, 2I, M/16], global scale f32 of one element; ``w2`` likewise
+    [E, M, I/2]. ``fp8_activations``: see ``nvfp4_linear``.
+    """
+    return moe_nvfp4_reference(
+        x,
+        expert_ids,
+        scores,
+        w13,
+        w13_block_scale,
+        w13_global_scale,
+        w2,
+        w2_block_scale,
+        w2_global_scale,
+        expert_range,
+    )
+
+
+def route_reference(router_logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain-torch ``route``; a stable sort makes the lowest expert win ties."""
+    logits, expert_ids = router_logits.float().sort(dim=-1, descending=True, stable=True)
+    return expert_ids[:, :top_k].to(torch.int32), torch.sigmoid(logits[:, :top_k])
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) · up`` in float32 of ``[R, 2I]`` whose first half is the gate, rounded to its dtype."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def moe_bf16_reference(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    scores: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    expert_range: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """Plain-torch ``moe_bf16``, a pair of products an expert."""
+
+    def mlp(rows: torch.Tensor, expert: int) -> torch.Tensor:
+        return F.linear(swiglu(F.linear(rows, w13[expert])), w2[expert])
+
+    return _for_each_expert(x, expert_ids, scores, expert_range or (0, w13.shape[0]), mlp)
+
+
+def moe_fp8_reference(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    scores: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2_scale: torch.Tensor,
+    a13_scale: torch.Tensor,
+    a2_scale: torch.Tensor,
+    expert_range: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """Plain-torch ``moe_fp8``; products of FP8 codes accumulate in float32."""
+
+    def mlp(rows: torch.Tensor, expert: int) -> torch.Tensor:
+        codes = quantize_fp8_reference(rows, a13_scale).float()
+        gate_up = (F.linear(codes, w13[expert].float()) * (a13_scale * w13_scale[expert])).to(rows.dtype)
+        codes = quantize_fp8_reference(swiglu(gate_up), a2_scale).float()
+        return (F.linear(codes, w2[expert].float()) * (a2_scale * w2_scale[expert])).to(rows.dtype)
+
+    return _for_each_expert(x, expert_ids, scores, expert_range or (0, w13.shape[0]), mlp)
+
+
+def moe_nvfp4_reference(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    scores: torch.Tensor,
+    w13: torch.Tensor,
+    w13_block_scale: torch.Tensor,
+    w13_global_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_block_scale: torch.Tensor,
+    w2_global_scale: torch.Tensor,
+    expert_range: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """Plain-torch ``moe_nvfp4``, weight-only; one expert is dequantised at a time."""
+
+    def mlp(rows: torch.Tensor, expert: int) -> torch.Tensor:
+        up_weight = dequantize_nvfp4(w13[expert], w13_block_scale[expert], w13_global_scale, rows.dtype)
+        down_weight = dequantize_nvfp4(w2[expert], w2_block_scale[expert], w2_global_scale, rows.dtype)
+        return F.linear(swiglu(F.linear(rows, up_weight)), down_weight)
+
+    return _for_each_expert(x, expert_ids, scores, expert_range or (0, w13.shape[0]), mlp)
+
+
+def _for_each_expert(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    scores: torch.Tensor,
+    expert_range: tuple[int, int],
+    mlp: ExpertMlp,
+) -> torch.Tensor:
+    """Run ``mlp`` once per expert that has tokens and add the results up, in float32 over k."""
+    first, count = expert_range
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in range(count):
+        tokens, choice = (expert_ids == first + expert).nonzero(as_tuple=True)
+        if tokens.numel():
+            rows = (x[tokens].float() * scores[tokens, choice, None].float()).to(x.dtype)
+            out.index_add_(0, tokens, mlp(rows, expert).float())
+    return out.to(x.dtype)

@@ -1,0 +1,86 @@
+"""NVFP4 (ModelOpt) linear layers: e2m1 weights in blocks of 16 with an e4m3 scale each.
+
+Called by the NVFP4 layers of ``quant``. Weights keep the checkpoint's layout: byte m of a row holds element
+2m in its low nibble and 2m+1 in its high one, so a little-endian 64-bit word is exactly one scale block.
+Weight-only arithmetic is exact: e2m1 x e4m3 has at most six significant bits and fits bf16.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+BLOCK_SIZE = 16
+"""Elements along the input dimension that share one e4m3 scale (NVFP4 format)."""
+
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""The value of each 4-bit code; bit 3 is the sign (MODEL_SPEC 2.3)."""
+
+E2M1_BOUNDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+"""Midpoints between neighbouring magnitudes; a tie goes to the even code."""
+
+FP8_MAX = 448.0
+
+
+def nvfp4_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    block_scale: torch.Tensor,
+    global_scale: torch.Tensor,
+    fp8_activations: bool = False,
+) -> torch.Tensor:
+    """``x[T, K] @ W.T -> [T, N]`` in ``x``'s dtype, ``W`` = ``dequantize_nvfp4`` of the other three.
+
+    ``packed`` u8 [N, K/2], ``block_scale`` e4m3 [N, K/16], ``global_scale`` f32 of one element.
+    ``fp8_activations`` rounds weights (after block scaling) and activations (scale a row) to e4m3: about 3 %
+    relative noise instead of none, for batches where bf16 arithmetic is the limit.
+    """
+    return nvfp4_linear_reference(x, packed, block_scale, global_scale)
+
+
+def nvfp4_linear_reference(
+    x: torch.Tensor, packed: torch.Tensor, block_scale: torch.Tensor, global_scale: torch.Tensor
+) -> torch.Tensor:
+    """Plain-torch weight-only product."""
+    return F.linear(x, dequantize_nvfp4(packed, block_scale, global_scale, x.dtype))
+
+
+def unpack_e2m1(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Codes of ``packed`` u8 [..., K/2] as unscaled values [..., K]; low nibble first."""
+    codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+    return torch.tensor(E2M1_VALUES, dtype=dtype, device=packed.device)[codes.long()]
+
+
+def dequantize_nvfp4(
+    packed: torch.Tensor, block_scale: torch.Tensor, global_scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Weights [..., K] in ``dtype`` from u8 [..., K/2], e4m3 [..., K/16] and an f32 scale for all."""
+    values = unpack_e2m1(packed, torch.float32)
+    blocks = values.unflatten(-1, (-1, BLOCK_SIZE)) * (block_scale.float() * global_scale)[..., None]
+    return blocks.flatten(-2).to(dtype)
+
+
+def quantize_nvfp4_activations(
+    x: torch.Tensor, input_scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x[T, K]`` as NVFP4 hardware sees it: ``(values f32[T, K] on the e2m1 grid, block scale e4m3[T, K/16])``.
+
+    ``x ≈ values · block_scale · input_scale``; an all-zero block has scale 0 (MODEL_SPEC 2.3, W4A4).
+    """
+    blocks = x.float().unflatten(-1, (-1, BLOCK_SIZE))
+    wanted = blocks.abs().amax(-1) / (6.0 * input_scale)
+    block_scale = wanted.clamp(max=FP8_MAX).to(torch.float8_e4m3fn)
+    step = (block_scale.float() * input_scale)[..., None]
+    scaled = torch.where(step > 0, blocks / step, torch.zeros_like(blocks))
+    return round_to_e2m1(scaled).flatten(-2), block_scale
+
+
+def round_to_e2m1(x: torch.Tensor) -> torch.Tensor:
+    """Nearest e2m1 value, ties to the even code, saturating at ±6; same shape and dtype as ``x``."""
+    magnitude = x.abs()
+    bounds = torch.tensor(E2M1_BOUNDS, dtype=x.dtype, device=x.device)
+    below = torch.bucketize(magnitude, bounds, right=False)  # a tie stays at the lower code
+    on_tie = (magnitude == bounds[below.clamp(max=6)]) & (below % 2 == 1)
+    code = below + on_tie
+    values = torch.tensor(E2M1_VALUES[:8], dtype=x.dtype, device=x.device)
+    return values[code].copysign(x)

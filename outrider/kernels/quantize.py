@@ -1,0 +1,106 @@
+"""Activations to FP8 (e4m3): with a calibrated scale, or with a scale per row found on the spot.
+
+Called by the quantised linears and by the MoE kernels' launchers. Never touches weights.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from outrider.kernels._dispatch import on_gpu, power_of_two_at_least
+
+FP8_MAX = 448.0
+"""Largest finite e4m3 value. A cast beyond it gives NaN, so values are clamped first."""
+
+MIN_ROW_SCALE = 1e-12
+"""Floor of a per-row scale, so that an all-zero row divides by something."""
+
+
+def quantize_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``e4m3(clamp(x / scale, ±448))`` in float32 arithmetic; same shape as ``x``.
+
+    ``scale`` is a float32 tensor of one element (ModelOpt's ``input_scale``), never read on the host.
+    """
+    return quantize_fp8_triton(x, scale) if on_gpu(x) else quantize_fp8_reference(x, scale)
+
+
+def quantize_fp8_rowwise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x[T, K]`` to e4m3 with one scale a row: ``(x_fp8[T, K], scale f32[T])``, ``scale = amax(row) / 448``."""
+    return quantize_fp8_rowwise_triton(x) if on_gpu(x) else quantize_fp8_rowwise_reference(x)
+
+
+def quantize_fp8_reference(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Plain-torch ``quantize_fp8``."""
+    return (x.float() / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+
+def quantize_fp8_rowwise_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain-torch ``quantize_fp8_rowwise``."""
+    scale = (x.float().abs().amax(-1) / FP8_MAX).clamp_(min=MIN_ROW_SCALE)
+    return quantize_fp8_reference(x, scale[:, None]), scale
+
+
+@triton.jit
+def to_fp8(x, scale):
+    """Clamp and round a float32 block to e4m3; shared by every kernel that writes FP8."""
+    x = x / scale
+    return tl.minimum(tl.maximum(x, -448.0), 448.0).to(tl.float8e4nv)
+
+
+@triton.jit
+def _quantize_kernel(x_ptr, scale_ptr, out_ptr, num_elements, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < num_elements
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offsets, to_fp8(x, tl.load(scale_ptr)), mask=mask)
+
+
+@triton.jit
+def _quantize_rowwise_kernel(
+    x_ptr, out_ptr, scale_ptr, row_size, MIN_SCALE: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < row_size
+    x = tl.load(x_ptr + row * row_size + columns, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(x), 0) / 448.0, MIN_SCALE)
+    tl.store(out_ptr + row * row_size + columns, to_fp8(x, scale), mask=mask)
+    tl.store(scale_ptr + row, scale)
+
+
+def quantize_fp8_triton(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Launch ``quantize_fp8`` as one Triton kernel."""
+    x = x.contiguous()
+    out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    block = 4096
+    _quantize_kernel[(triton.cdiv(x.numel(), block),)](x, scale, out, x.numel(), BLOCK=block, num_warps=8)
+    return out
+
+
+def quantize_fp8_rowwise_triton(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch ``quantize_fp8_rowwise`` as one Triton kernel, one program a row."""
+    x = x.contiguous()
+    rows, row_size = x.shape
+    out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    block = power_of_two_at_least(row_size, 128)
+    _quantize_rowwise_kernel[(rows,)](
+        x, out, scale, row_size, MIN_SCALE=MIN_ROW_SCALE, BLOCK=block, num_warps=8
+    )
+    return out, scale
+
+
+AOT_SPECS = [
+    (
+        _quantize_kernel,
+        {"x_ptr": "*bf16", "scale_ptr": "*fp32", "out_ptr": "*fp8e4nv", "num_elements": "i32"},
+        {"BLOCK": 4096},
+    ),
+    (
+        _quantize_rowwise_kernel,
+        {"x_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "row_size": "i32"},
+        {"MIN_SCALE": MIN_ROW_SCALE, "BLOCK": 8192},
+    ),
+]
