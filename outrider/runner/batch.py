@@ -1,7 +1,7 @@
 """One step's tensors, complete at construction: what a model's forward pass reads.
 
-Legend: T tokens of the step, S sequences of the step, G block-table groups, B blocks of a table,
-N rows whose logits are wanted. Sequences come decodes (one query token) first, then prefills.
+Legend: T tokens of the step, S sequences of the step, G block-table groups, B blocks of a table.
+Sequences come decodes (one query token) first, then prefills.
 """
 
 from __future__ import annotations
@@ -34,19 +34,17 @@ class AttentionBatch:
 
 @dataclass(frozen=True, slots=True)
 class ImageBatch:
-    """Image rows of this step: ``features_idx`` rows of ``features`` overwrite ``token_idx`` rows of the embeddings."""
+    """Images whose patches fall into this step: feature rows overwrite embedding rows."""
 
-    pixels: torch.Tensor  # [tiles, 3, size, size]
+    features: torch.Tensor  # [R, hidden] projected features
     token_idx: torch.Tensor  # [R] int64 rows of the step
-    feature_idx: torch.Tensor  # [R] int64 rows of the flattened [tiles * tokens_per_tile] features
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """``token_ids`` and ``positions`` int64 ``[T]``; ``logits_idx`` int64 ``[N]`` rows of the hidden states."""
+    """``token_ids`` and ``positions`` int64 ``[T]``; ``images`` where image features replace embeddings."""
 
     token_ids: torch.Tensor
     positions: torch.Tensor
     attention: AttentionBatch
-    logits_idx: torch.Tensor
     images: ImageBatch | None = None

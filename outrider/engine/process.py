@@ -1,0 +1,184 @@
+"""The engine's process: ``python -m outrider.engine.process FD``, started by ``engine.client``.
+
+Reads requests from the inherited Unix socket, steps the engine while there is work, writes events back. It ends
+with its parent, whatever killed that: the kernel signals it, and the socket reads empty.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import logging
+import os
+import queue
+import select
+import signal
+import socket
+import sys
+import threading
+
+import msgspec
+
+from outrider.config import EngineConfig
+from outrider.engine.engine import Engine
+from outrider.engine.messages import (
+    Abort,
+    Add,
+    Events,
+    FrameReader,
+    Progress,
+    Ready,
+    Refused,
+    ResetPrefixCache,
+    Stop,
+    ToEngine,
+    encode_frame,
+    send_frame,
+)
+from outrider.errors import ConfigError
+from outrider.types import TokenEvent
+
+HEARTBEAT_S = 1.0
+_PR_SET_PDEATHSIG = 1
+
+logger = logging.getLogger("outrider.engine")
+
+
+class Outbox:
+    """Writes frames from a thread of its own, so that a slow front end never holds up a step."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._frames: queue.SimpleQueue[object | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
+        self._thread.start()
+
+    def send(self, message: object) -> None:
+        """Queue a message; it must not be changed afterwards."""
+        self._frames.put(message)
+
+    def close(self) -> None:
+        """Write what is queued and end the thread."""
+        self._frames.put(None)
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        try:
+            while (message := self._frames.get()) is not None:
+                self._sock.sendall(encode_frame(message))
+        except OSError:
+            os._exit(1)  # the front end is gone, and with it every client
+
+
+class EngineLoop:
+    """Moves messages between the socket and the engine."""
+
+    def __init__(self, engine: Engine, sock: socket.socket, outbox: Outbox) -> None:
+        self._engine = engine
+        self._sock = sock
+        self._outbox = outbox
+        self._reader = FrameReader(ToEngine)
+        self._stopping = False
+
+    def run(self) -> None:
+        """Serve until the front end says stop or goes away."""
+        while not self._stopping:
+            timeout = 0.0 if self._engine.has_work else HEARTBEAT_S
+            events = self._receive(timeout)
+            if self._engine.has_work:
+                events += self._engine.step()
+                if not events and not self._engine.is_launching:
+                    self._receive(0.001)  # only grammars are being built: do not spin
+            elif not events:
+                self._engine.scheduler.check_integrity()
+            self._publish(events)
+
+    def _publish(self, events: list[TokenEvent]) -> None:
+        stats = msgspec.structs.replace(self._engine.stats())
+        self._outbox.send(Events(events, stats, self._engine.has_work))
+
+    def _receive(self, timeout: float) -> list[TokenEvent]:
+        """Take in what has arrived, waiting up to ``timeout`` seconds for the first of it."""
+        events: list[TokenEvent] = []
+        while select.select([self._sock], [], [], timeout)[0]:
+            data = self._sock.recv(1 << 20)
+            if not data:
+                self._stopping = True
+                break
+            for message in self._reader.feed(data):
+                events += self._handle(message)
+            timeout = 0.0
+        return events
+
+    def _handle(self, message: object) -> list[TokenEvent]:
+        match message:
+            case Add(request):
+                return self._engine.add(request)
+            case Abort(request_ids):
+                return [event for rid in request_ids for event in self._engine.abort(rid)]
+            case ResetPrefixCache():
+                self._engine.scheduler.kv.pool.reset_cache()
+            case Stop():
+                self._stopping = True
+        return []
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Ask the kernel to kill this process when its parent ends (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def main(fd: int, parent_pid: int) -> int:
+    """Build the engine from the config on the socket, then serve it."""
+    die_with_parent(parent_pid)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in the terminal is the front end's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sock = socket.socket(fileno=fd)
+    config = _read_config(sock)
+
+    from outrider.cli.logs import setup_logging
+    from outrider.runner.setup import build_engine
+
+    setup_logging("EngineCore")
+    try:
+        engine, info = build_engine(config, lambda *p: send_frame(sock, Progress(*p)))
+    except Exception as error:
+        is_config = isinstance(error, ConfigError)
+        if not is_config:
+            logger.exception("The engine could not start")
+        send_frame(sock, Refused(str(error) if is_config else _root_cause(error), is_config))
+        return 2 if is_config else 1
+    outbox = Outbox(sock)
+    outbox.send(Ready(info))
+    EngineLoop(engine, sock, outbox).run()
+    outbox.close()
+    engine.shutdown()
+    return 0
+
+
+def _root_cause(error: BaseException) -> str:
+    return f"The engine could not start ({type(error).__name__}: {error}); the log above has the details."
+
+
+def _read_config(sock: socket.socket) -> EngineConfig:
+    header = _read_exactly(sock, 4)
+    body = _read_exactly(sock, int.from_bytes(header, "little"))
+    return msgspec.msgpack.decode(body, type=EngineConfig)
+
+
+def _read_exactly(sock: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        piece = sock.recv(count - len(data))
+        if not piece:
+            sys.exit(1)
+        data += piece
+    return data
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

@@ -1,0 +1,397 @@
+"""Who computes which tokens in the next step. Called by ``engine``; no torch, no clock, no text.
+
+``schedule`` turns the state into a ``StepPlan``; ``commit`` takes what the step produced. Between the two a
+sequence is *in flight*: whatever happens to it then (abort, end, error) only marks it, and its blocks and row
+go back in one place, ``_release``, when nothing on the device can still write to them.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from outrider.engine.admission import OutputEstimator, fits
+from outrider.engine.kv_manager import BlockUpdate, KVManager
+from outrider.engine.sequence import Sequence, SequenceStatus
+from outrider.types import (
+    FINISH_ABORT,
+    FINISH_ERROR,
+    FINISH_LENGTH,
+    FINISH_STOP,
+    EngineStats,
+    Request,
+    RowInit,
+    SeqSlice,
+    StepPlan,
+    StepResult,
+    TokenEvent,
+    TokenLogprobs,
+)
+
+if TYPE_CHECKING:
+    from outrider.engine.grammar import Grammar
+
+NOT_FINITE = "The model produced values that are not finite for this request; try a different prompt."
+TOO_LARGE = (
+    "This request needs more KV cache than the server has ({needed} of {capacity} blocks); "
+    "shorten the prompt or lower max_tokens."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of a step. ``prefill_share_tokens``: prompt tokens in a step that also decodes."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    prefill_share_tokens: int
+    priority: bool = False
+
+
+@dataclass(slots=True)
+class _Planned:
+    """A slice with the sequence it belongs to; the host's half of a plan."""
+
+    seq: Sequence
+    slice: SeqSlice
+
+
+@dataclass(slots=True)
+class Plan:
+    """A step plan and the sequences behind its slices, in the same order."""
+
+    step: StepPlan
+    sequences: list[Sequence]
+
+
+class Scheduler:
+    """Policy and state of the queue: ``add``, ``abort``, ``schedule``, ``commit``."""
+
+    def __init__(self, kv: KVManager, limits: Limits) -> None:
+        self.kv = kv
+        self.limits = limits
+        self.stats = EngineStats(kv_blocks_total=kv.pool.capacity)
+        self.estimator = OutputEstimator()
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._by_id: dict[str, Sequence] = {}
+        self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._num_added = 0
+        self._step_id = 0
+
+    # -- the outside ---------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is waiting, running or still in flight."""
+        return bool(self._by_id)
+
+    def add(self, request: Request, grammar: Grammar | None = None) -> TokenEvent | None:
+        """Queue a request (with its compiled grammar); an event comes back only if it can never run here."""
+        needed = self.kv.num_blocks_for(len(request.prompt_token_ids) + request.sampling.max_tokens)
+        if needed > self.kv.pool.capacity:
+            text = TOO_LARGE.format(needed=needed, capacity=self.kv.pool.capacity)
+            return TokenEvent(request.request_id, [], FINISH_ERROR, error=text)
+        seq = Sequence(request, self._num_added, len(self.kv.layout.groups), grammar=grammar)
+        self._num_added += 1
+        self._by_id[request.request_id] = seq
+        self._enqueue(seq)
+        return None
+
+    def get(self, request_id: str) -> Sequence | None:
+        """The live sequence of a request, if there is one."""
+        return self._by_id.get(request_id)
+
+    def abort(
+        self, request_id: str, reason: str = FINISH_ABORT, error: str | None = None
+    ) -> TokenEvent | None:
+        """End a request now; its blocks follow when nothing of it is in flight. None if it is not live."""
+        seq = self._by_id.get(request_id)
+        if seq is None or seq.status is SequenceStatus.FINISHED:
+            return None
+        self._finish(seq, reason)
+        if seq.in_flight == 0:
+            self._release(seq)
+        return TokenEvent(request_id, [], reason, error=error)
+
+    def sequences(self) -> Iterator[Sequence]:
+        """Every live sequence (for the ledger check)."""
+        return iter(self._by_id.values())
+
+    # -- schedule ------------------------------------------------------------------------------------
+
+    def schedule(self) -> Plan | None:
+        """The next step, or None when nothing can be computed right now."""
+        planned: list[_Planned] = []
+        updates: list[BlockUpdate] = []
+        new_rows: list[RowInit] = []
+        self._plan_decodes(planned, updates)
+        budget = self.limits.max_num_batched_tokens - len(planned)
+        if planned:
+            budget = min(budget, self.limits.prefill_share_tokens)
+        budget = self._plan_running_prefills(planned, updates, budget)
+        self._admit(planned, updates, new_rows, budget)
+        if not planned:
+            return None
+        step = StepPlan(self._step_id, [p.slice for p in planned], new_rows, updates, self._masks(planned))
+        self._step_id += 1
+        self.stats.step_tokens = sum(p.slice.num_tokens for p in planned)
+        return Plan(step, [p.seq for p in planned])
+
+    def _plan_decodes(self, planned: list[_Planned], updates: list[BlockUpdate]) -> None:
+        """One token for every running sequence that has one to compute, oldest first."""
+        for seq in list(self._running):
+            if seq.status is not SequenceStatus.RUNNING or not seq.is_decoding or not self._can_plan(seq):
+                continue
+            new = self._extend_or_preempt(seq, seq.num_computed + 1, planned)
+            if new is not None:
+                updates.extend(new)
+                planned.append(self._launchable(seq, 1))
+
+    def _plan_running_prefills(self, planned: list[_Planned], updates: list[BlockUpdate], budget: int) -> int:
+        """The next chunk of every admitted prompt, oldest first; returns the budget that is left."""
+        for seq in list(self._running):
+            if budget <= 0:
+                break
+            if seq.status is not SequenceStatus.RUNNING or seq.is_decoding or not self._can_plan(seq):
+                continue
+            count = self._slice_len(seq, budget)
+            new = self._extend_or_preempt(seq, seq.num_computed + count, planned)
+            if new is not None:
+                updates.extend(new)
+                planned.append(self._launchable(seq, count))
+                budget -= count
+        return budget
+
+    def _admit(
+        self,
+        planned: list[_Planned],
+        updates: list[BlockUpdate],
+        new_rows: list[RowInit],
+        budget: int,
+    ) -> None:
+        """Start waiting sequences, in order, while rows, tokens and the expected blocks allow."""
+        while self._waiting and budget > 0 and self._free_rows:
+            seq = self._waiting[0]
+            if seq.in_flight:
+                break
+            capacity = self.kv.pool.capacity
+            if self._running and not fits(self._running, seq, self.estimator, self.kv.layout, capacity):
+                break
+            seq.num_computed = self.kv.match_prefix(seq)
+            count = self._slice_len(seq, budget)
+            seq.row = self._free_rows[-1]
+            new = self.kv.try_extend(seq, seq.num_computed + count)
+            if new is None:  # the estimate was too low for those running: wait for blocks
+                self.kv.release(seq)
+                seq.num_computed, seq.row = 0, -1
+                break
+            self._free_rows.pop()
+            self._waiting.popleft()
+            self._start(seq)
+            updates.extend(self.kv.table_updates(seq))
+            new_rows.append(self._row_init(seq))
+            planned.append(self._launchable(seq, count))
+            budget -= count
+
+    def _start(self, seq: Sequence) -> None:
+        seq.status = SequenceStatus.RUNNING
+        bisect.insort(self._running, seq, key=lambda s: s.order)
+        if seq.num_outputs == 0:
+            seq.num_cached = seq.num_computed
+            self.stats.prefix_query_tokens += seq.prompt_len
+            self.stats.cached_prompt_tokens += seq.num_cached
+
+    def _row_init(self, seq: Sequence) -> RowInit:
+        history = seq.token_ids if seq.request.sampling.uses_history else []
+        return RowInit(seq.row, seq.request.sampling, seq.prompt_len, list(history), seq.request.images)
+
+    def _can_plan(self, seq: Sequence) -> bool:
+        """Whether the next slice can be decided without the tokens that are still in flight."""
+        if seq.is_exhausted or seq.remaining == 0:
+            return False
+        if seq.grammar is not None and seq.num_pending:
+            return False  # the mask of the next token depends on the unread one
+        # A new chunk waits for the old one's commit, so that a sequence never holds two chunks.
+        at_border = self.kv.chunk_start(seq.num_computed) == seq.num_computed > 0
+        return not (at_border and seq.in_flight)
+
+    def _slice_len(self, seq: Sequence, budget: int) -> int:
+        end = self.kv.chunk_end(seq.num_computed)
+        count = min(seq.remaining, budget)
+        return count if end is None else min(count, end - seq.num_computed)
+
+    def _launchable(self, seq: Sequence, count: int) -> _Planned:
+        """Build the slice and move the counters; from here on the sequence is in flight."""
+        start, end = seq.num_computed, seq.num_computed + count
+        from_device = end > len(seq.token_ids)
+        piece = SeqSlice(
+            row=seq.row,
+            start=start,
+            num_tokens=count,
+            token_ids=[] if from_device else seq.token_ids[start:end],
+            from_device=from_device,
+            samples=end == seq.length,
+            output_index=seq.num_outputs,
+        )
+        seq.num_computed = end
+        seq.in_flight += 1
+        seq.num_pending += piece.samples
+        return _Planned(seq, piece)
+
+    def _extend_or_preempt(
+        self, seq: Sequence, num_tokens: int, planned: list[_Planned]
+    ) -> list[BlockUpdate] | None:
+        """Blocks for the slice, taken from the youngest sequences if there are none left."""
+        while True:
+            updates = self.kv.try_extend(seq, num_tokens)
+            if updates is not None:
+                return updates
+            taken = {id(p.seq) for p in planned}
+            victim = next(s for s in reversed(self._running) if s is seq or id(s) not in taken)
+            self._preempt(victim)
+            if victim is seq:
+                return None
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Give blocks and row back and queue again at the front; what was sampled is kept.
+
+        A token in flight is still appended at commit. The next plan may reuse the blocks at once: on the
+        device it runs after the step that still reads them.
+        """
+        self.stats.preemptions += 1
+        self._running.remove(seq)
+        self._give_back(seq)
+        seq.num_computed = 0
+        if seq.num_read == 0:
+            seq.prompt_logprobs.clear()
+        seq.status = SequenceStatus.WAITING
+        self._waiting.appendleft(seq)
+
+    def _masks(self, planned: list[_Planned]) -> dict[int, bytes]:
+        return {
+            p.slice.row: p.seq.grammar.mask()
+            for p in planned
+            if p.seq.grammar is not None and p.slice.samples
+        }
+
+    def _enqueue(self, seq: Sequence) -> None:
+        if not self.limits.priority:
+            self._waiting.append(seq)
+            return
+        key = (seq.request.priority, seq.order)
+        index = next(
+            (i for i, s in enumerate(self._waiting) if (s.request.priority, s.order) > key),
+            len(self._waiting),
+        )
+        self._waiting.insert(index, seq)
+
+    # -- commit --------------------------------------------------------------------------------------
+
+    def commit(self, plan: Plan, result: StepResult) -> list[TokenEvent]:
+        """Take a step's outcome: append tokens, end sequences, publish and release blocks."""
+        events: list[TokenEvent] = []
+        sampled: Iterable[tuple[int, TokenLogprobs | None]] = zip(
+            result.token_ids, result.logprobs, strict=True
+        )
+        samples = iter(sampled)
+        for index, (seq, piece) in enumerate(zip(plan.sequences, plan.step.slices, strict=True)):
+            seq.in_flight -= 1
+            self._commit_positions(seq, piece)
+            prompt_logprobs = result.prompt_logprobs.get(index)
+            if prompt_logprobs is not None and seq.num_read == 0:
+                seq.prompt_logprobs.extend(prompt_logprobs)
+            if piece.samples:
+                seq.num_pending -= 1
+                event = self._commit_token(seq, *next(samples))
+                if event is not None:
+                    events.append(event)
+            if seq.status is SequenceStatus.FINISHED and seq.in_flight == 0:
+                self._release(seq)
+        self.stats.steps += 1
+        return events
+
+    def _commit_positions(self, seq: Sequence, piece: SeqSlice) -> None:
+        """Positions of the slice are final, unless the sequence lost its blocks meanwhile."""
+        if piece.start < seq.prompt_len:
+            self.stats.prompt_tokens += min(piece.start + piece.num_tokens, seq.prompt_len) - piece.start
+        if seq.status is SequenceStatus.RUNNING:
+            self.kv.commit(seq, piece.start + piece.num_tokens)
+
+    def _commit_token(
+        self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None
+    ) -> TokenEvent | None:
+        if seq.status is SequenceStatus.FINISHED:
+            return None  # ended while in flight: the token is dropped
+        if token_id < 0:
+            self._finish(seq, FINISH_ERROR)
+            return TokenEvent(seq.request.request_id, [], FINISH_ERROR, error=NOT_FINITE)
+        first = seq.num_read == 0
+        seq.token_ids.append(token_id)
+        self.stats.generation_tokens += 1
+        reason, stop_reason = self._end_of(seq, token_id)
+        if reason is not None:
+            self._finish(seq, reason)
+        return TokenEvent(
+            seq.request.request_id,
+            [token_id],
+            reason,
+            stop_reason,
+            [logprobs] if logprobs is not None else None,
+            [None, *seq.prompt_logprobs] if first and seq.prompt_logprobs else None,
+            seq.num_cached if first else 0,
+        )
+
+    def _end_of(self, seq: Sequence, token_id: int) -> tuple[str | None, int | None]:
+        """``(finish_reason, stop_reason)`` after this token; the primary eos reports no stop reason."""
+        sampling = seq.request.sampling
+        if seq.grammar is not None:
+            seq.grammar.advance(token_id)
+        if token_id in sampling.end_token_ids and seq.num_read > sampling.min_tokens:
+            primary = bool(sampling.eos_token_ids) and token_id == sampling.eos_token_ids[0]
+            return FINISH_STOP, None if primary and token_id not in sampling.stop_token_ids else token_id
+        if seq.grammar is not None and seq.grammar.is_finished:
+            return FINISH_STOP, None
+        if seq.num_read >= sampling.max_tokens:
+            return FINISH_LENGTH, None
+        return None, None
+
+    # -- endings -------------------------------------------------------------------------------------
+
+    def _finish(self, seq: Sequence, reason: str) -> None:
+        if seq.status is SequenceStatus.WAITING:
+            self._waiting.remove(seq)
+        else:
+            self._running.remove(seq)
+        if reason in (FINISH_STOP, FINISH_LENGTH):
+            self.estimator.observe(seq.num_read)
+        seq.status = SequenceStatus.FINISHED
+
+    def _release(self, seq: Sequence) -> None:
+        """The one place where a finished sequence leaves: blocks, row and name."""
+        self._give_back(seq)
+        del self._by_id[seq.request.request_id]
+
+    def _give_back(self, seq: Sequence) -> None:
+        self.kv.release(seq)
+        if seq.row >= 0:
+            self._free_rows.append(seq.row)
+            seq.row = -1
+
+    def update_stats(self) -> EngineStats:
+        """The snapshot that travels with the events."""
+        stats = self.stats
+        stats.num_running = len(self._running)
+        stats.num_waiting = len(self._waiting)
+        stats.waiting_prompt_tokens = sum(len(s.token_ids) for s in self._waiting)
+        stats.kv_blocks_used = self.kv.pool.num_used
+        return stats
+
+    def check_integrity(self) -> None:
+        """The ledger: every block and every row is where the books say."""
+        self.kv.check_integrity(list(self._by_id.values()))
+        rows = [s.row for s in self._by_id.values() if s.row >= 0]
+        assert sorted(rows + self._free_rows) == list(range(self.limits.max_num_seqs)), "rows do not add up"

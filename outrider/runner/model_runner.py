@@ -1,0 +1,193 @@
+"""One rank: a plan in, a launched step out. Called by the executors; knows no requests and no queue.
+
+    apply plan to rows -> index arrays -> Batch -> model -> logits of the wanted rows -> sampler -> ids
+
+Ids stay on the device (``_last_ids``) for the next step and are copied to the host in the background.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from outrider.kernels.sampling import top_logprobs
+from outrider.models.registry import Model
+from outrider.runner.batch import AttentionBatch, Batch
+from outrider.runner.graphs import DecodeGraphs
+from outrider.runner.images import ImageStore
+from outrider.runner.kv_cache import KVCache
+from outrider.runner.rows import RowTable, StepArrays
+from outrider.runner.sampler import Sampled, Sampler
+from outrider.types import SeqSlice, StepPlan, StepResult, TokenLogprobs
+
+PROMPT_LOGPROB_ROWS = 128
+"""Prompt positions whose full logits exist at once (128 x 202,048 x 4 B = 99 MiB)."""
+
+DeviceLogprobs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(slots=True)
+class LaunchedStep:
+    """A step on the device: host copies under way, and the event that says when they are whole."""
+
+    step_id: int
+    ids: torch.Tensor | None
+    wanted: list[int | None]
+    logprobs: list[torch.Tensor] | None
+    prompt_logprobs: dict[int, tuple[list[int], int, list[torch.Tensor]]]
+    event: torch.cuda.Event | None
+
+    def wait(self) -> StepResult:
+        """Block until the copies are whole and read them."""
+        if self.event is not None:
+            self.event.synchronize()
+        ids: list[int] = [] if self.ids is None else self.ids.tolist()
+        logprobs: list[TokenLogprobs | None] = [None] * len(ids)
+        if self.logprobs is not None:
+            entries = _entries(ids, self.logprobs, self.wanted)
+            logprobs = [e if w is not None else None for e, w in zip(entries, self.wanted, strict=True)]
+        prompt = {
+            index: list(_entries(targets, tensors, [top] * len(targets)))
+            for index, (targets, top, tensors) in self.prompt_logprobs.items()
+        }
+        return StepResult(self.step_id, ids, logprobs, prompt)
+
+
+def _entries(ids: list[int], tensors: list[torch.Tensor], wanted: list[int | None]) -> list[TokenLogprobs]:
+    values, ranks, top_ids, top_values = (t.tolist() for t in tensors)
+    return [
+        TokenLogprobs(ids[i], values[i], ranks[i], top_ids[i][: k or 0], top_values[i][: k or 0])
+        for i, k in enumerate(wanted)
+    ]
+
+
+class ModelRunner:
+    """Owns a rank's model, KV cache, rows and sampler."""
+
+    def __init__(
+        self,
+        model: Model,
+        kv: KVCache,
+        *,
+        num_rows: int,
+        max_model_len: int,
+        vocab_size: int,
+        device: torch.device,
+        graphs: DecodeGraphs | None = None,
+        images: ImageStore | None = None,
+    ) -> None:
+        self.model = model
+        self.kv = kv
+        self.device = device
+        self.vocab_size = vocab_size
+        self.table = RowTable(kv.layout, num_rows, max_model_len)
+        self.sampler = Sampler(self.table, vocab_size, device)
+        self._last_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self._graphs = graphs
+        self._images = images
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan, hidden: torch.Tensor | None = None) -> LaunchedStep:
+        """Queue the step on the device. ``hidden`` comes from the previous pipeline stage, if there is one."""
+        self.table.apply(plan)
+        for init in plan.new_rows:
+            self.sampler.start_row(init)
+            if self._images is not None:
+                self._images.start_row(init)
+        arrays = self.table.arrays(plan.slices)
+        states = self._forward(plan, arrays, hidden)
+        prompt_logprobs = self._prompt_logprobs(plan.slices, arrays, states)
+        if not len(arrays.sample_rows):
+            return self._launched(plan, arrays, None, prompt_logprobs)
+        logits = self.model.logits(states[self._to_device(arrays.sample_tokens)])
+        sampled = self.sampler.sample(logits, arrays.sample_rows, arrays.output_index, plan.masks)
+        self._last_ids[self._to_device(arrays.sample_rows)] = sampled.ids.clamp(min=0)
+        return self._launched(plan, arrays, sampled, prompt_logprobs)
+
+    def _forward(self, plan: StepPlan, arrays: StepArrays, hidden: torch.Tensor | None) -> torch.Tensor:
+        batch = self._batch(plan, arrays)
+        if self._graphs is not None and self._graphs.covers(batch):
+            return self._graphs.replay(batch)
+        return self.model.forward(batch, self.kv, hidden)
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+
+    def _batch(self, plan: StepPlan, arrays: StepArrays) -> Batch:
+        token_ids = self._to_device(arrays.token_ids)
+        if len(arrays.device_rows):
+            token_ids[self._to_device(arrays.device_tokens)] = self._last_ids[
+                self._to_device(arrays.device_rows)
+            ]
+        attention = AttentionBatch(
+            query_start=self._to_device(arrays.query_start),
+            seq_lens=self._to_device(arrays.seq_lens),
+            block_tables=self._to_device(arrays.block_tables),
+            slots=self._to_device(arrays.slots),
+            num_decodes=arrays.num_decodes,
+            max_query_len=arrays.max_query_len,
+            max_seq_len=arrays.max_seq_len,
+        )
+        images = self._images.batch(plan.slices, arrays) if self._images is not None else None
+        return Batch(token_ids, self._to_device(arrays.positions), attention, images)
+
+    def _prompt_logprobs(
+        self, slices: list[SeqSlice], arrays: StepArrays, states: torch.Tensor
+    ) -> dict[int, tuple[list[int], int, list[torch.Tensor]]]:
+        """Per slice index: the target ids, how many alternatives, and their log-probabilities on the device."""
+        found: dict[int, tuple[list[int], int, list[torch.Tensor]]] = {}
+        for index, piece in enumerate(slices):
+            init = self.table.inits[piece.row]
+            top = init.sampling.prompt_logprobs if init is not None else None
+            if init is None or top is None or piece.start >= init.prompt_len - 1:
+                continue
+            # Logits at position p are about token p + 1.
+            targets = init.token_ids[
+                piece.start + 1 : min(piece.start + piece.num_tokens + 1, init.prompt_len)
+            ]
+            first = int(arrays.query_start[index])
+            parts = [
+                self._target_logprobs(states[first + i : first + len(targets)], targets[i:], top)
+                for i in range(0, len(targets), PROMPT_LOGPROB_ROWS)
+            ]
+            found[index] = (targets, top, [torch.cat(tensors) for tensors in zip(*parts, strict=True)])
+        return found
+
+    def _target_logprobs(self, states: torch.Tensor, targets: list[int], top: int) -> DeviceLogprobs:
+        states, targets = states[:PROMPT_LOGPROB_ROWS], targets[:PROMPT_LOGPROB_ROWS]
+        ids = torch.tensor(targets, dtype=torch.int64, device=self.device)
+        return top_logprobs(self.model.logits(states), ids, top)
+
+    def _launched(
+        self,
+        plan: StepPlan,
+        arrays: StepArrays,
+        sampled: Sampled | None,
+        prompt_logprobs: dict[int, tuple[list[int], int, list[torch.Tensor]]],
+    ) -> LaunchedStep:
+        wanted: list[int | None] = []
+        for row in arrays.sample_rows.tolist():
+            params = self.table.params[row]
+            wanted.append(None if params is None else params.logprobs)
+        tensors = sampled.logprobs if sampled is not None else None
+        step = LaunchedStep(
+            plan.step_id,
+            None if sampled is None else self._to_host(sampled.ids),
+            wanted,
+            None if tensors is None else [self._to_host(t) for t in tensors],
+            {i: (ids, k, [self._to_host(t) for t in ts]) for i, (ids, k, ts) in prompt_logprobs.items()},
+            None,
+        )
+        if self.device.type == "cuda":
+            step.event = torch.cuda.Event()
+            step.event.record()
+        return step
+
+    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type == "cpu":
+            return tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        return host

@@ -1,0 +1,137 @@
+"""Host-side state of the device rows, and the arithmetic that turns slices into index arrays.
+
+A *row* is a running sequence's fixed place: its line in the block tables, its sampling parameters, its slot for
+the last sampled id. Called by ``model_runner``; numpy only, no torch, no model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from outrider.kv_layout import KVLayout
+from outrider.types import RowInit, SamplingParams, SeqSlice, StepPlan
+
+IntArray = NDArray[np.int64]
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True, slots=True)
+class StepArrays:
+    """One step as numpy arrays; names and shapes as in ``batch.Batch`` (int64 unless said)."""
+
+    token_ids: IntArray  # [T]; 0 where the id is still on the device
+    positions: IntArray  # [T]
+    slots: IntArray  # [G, T]
+    rows: IntArray  # [S]
+    query_start: NDArray[np.int32]  # [S + 1]
+    seq_lens: NDArray[np.int32]  # [S]
+    block_tables: NDArray[np.int32]  # [G, S, B]
+    device_tokens: IntArray  # indices into [T] whose id comes from the device
+    device_rows: IntArray  # the rows they come from
+    sample_tokens: IntArray  # [N] indices into [T] of the tokens to sample from
+    sample_rows: IntArray  # [N]
+    output_index: IntArray  # [N]
+    num_decodes: int
+    max_query_len: int
+    max_seq_len: int
+
+
+class RowTable:
+    """Block tables ``[G, R, B]`` and sampling parameters of ``num_rows`` rows."""
+
+    def __init__(self, layout: KVLayout, num_rows: int, max_model_len: int) -> None:
+        self.layout = layout
+        self.max_blocks = -(-max_model_len // layout.block_size)
+        self.tables = np.zeros((len(layout.groups), num_rows, self.max_blocks), dtype=np.int32)
+        self.params: list[SamplingParams | None] = [None] * num_rows
+        self.inits: list[RowInit | None] = [None] * num_rows
+        self.temperature = np.zeros(num_rows, dtype=np.float32)
+        self.top_p = np.ones(num_rows, dtype=np.float32)
+        self.top_k = np.zeros(num_rows, dtype=np.int32)
+        self.min_p = np.zeros(num_rows, dtype=np.float32)
+        self.seed = np.zeros(num_rows, dtype=np.uint64)
+
+    def apply(self, plan: StepPlan) -> None:
+        """Take over the plan's new rows, then its block-table writes."""
+        for init in plan.new_rows:
+            self._start(init)
+        for group, row, index, block_id in plan.block_updates:
+            self.tables[group, row, index] = block_id
+
+    def _start(self, init: RowInit) -> None:
+        row, params = init.row, init.sampling
+        self.tables[:, row, :] = 0
+        self.params[row] = params
+        self.inits[row] = init
+        self.temperature[row] = params.temperature
+        self.top_p[row] = params.top_p
+        self.top_k[row] = params.top_k
+        self.min_p[row] = params.min_p
+        self.seed[row] = params.seed & 0xFFFFFFFFFFFFFFFF
+
+    def arrays(self, slices: list[SeqSlice]) -> StepArrays:
+        """The index arrays of a step."""
+        counts = np.array([s.num_tokens for s in slices], dtype=np.int64)
+        starts = np.array([s.start for s in slices], dtype=np.int64)
+        rows = np.array([s.row for s in slices], dtype=np.int64)
+        query_start = np.zeros(len(slices) + 1, dtype=np.int32)
+        np.cumsum(counts, out=query_start[1:])
+        num_tokens = int(query_start[-1])
+        positions = np.arange(num_tokens) + np.repeat(starts - query_start[:-1], counts)
+        token_rows = np.repeat(rows, counts)
+        size = self.layout.block_size
+        blocks = self.tables[:, token_rows, positions // size].astype(np.int64)
+        seq_lens = (starts + counts).astype(np.int32)
+        max_seq_len = int(seq_lens.max())
+        width = -(-max_seq_len // size)
+        samples = np.array([s.samples for s in slices], dtype=bool)
+        device = np.array([s.from_device for s in slices], dtype=bool)
+        last = query_start[1:].astype(np.int64) - 1
+        num_prefills = int((counts > 1).sum())
+        num_decodes = len(slices) if not num_prefills else int(np.argmax(counts > 1))
+        return StepArrays(
+            token_ids=_concat_ids(slices, num_tokens),
+            positions=positions,
+            slots=blocks * size + positions % size,
+            rows=rows,
+            query_start=query_start,
+            seq_lens=seq_lens,
+            block_tables=self.tables[:, rows, :width],
+            device_tokens=last[device],
+            device_rows=rows[device],
+            sample_tokens=last[samples],
+            sample_rows=rows[samples],
+            output_index=np.array([s.output_index for s in slices], dtype=np.int64)[samples],
+            num_decodes=num_decodes,
+            max_query_len=int(counts.max()),
+            max_seq_len=max_seq_len,
+        )
+
+    def uniforms(self, rows: IntArray, output_index: IntArray) -> NDArray[np.float32]:
+        """One number in (0, 1) per sampled token, a pure function of the request's seed and the token's index.
+
+        SplitMix64 (Steele, Lea, Flood 2014), so a draw never depends on the batch, the step or the device.
+        """
+        with np.errstate(over="ignore"):
+            x = self.seed[rows] * _GOLDEN + (output_index.astype(np.uint64) + np.uint64(1)) * _GOLDEN
+            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            x ^= x >> np.uint64(31)
+        # 23 bits and a half step: never 0, never rounded up to 1 in float32.
+        return (((x >> np.uint64(41)).astype(np.float64) + 0.5) * 2.0**-23).astype(np.float32)
+
+
+def _concat_ids(slices: list[SeqSlice], num_tokens: int) -> IntArray:
+    ids: list[int] = []
+    for piece in slices:
+        if piece.from_device:
+            ids.extend([0] * piece.num_tokens)
+        else:
+            ids.extend(piece.token_ids)
+    out = np.array(ids, dtype=np.int64)
+    assert len(out) == num_tokens, "a slice's ids do not match its length"
+    return out

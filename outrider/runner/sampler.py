@@ -1,0 +1,142 @@
+"""From logits to token ids on the device: edits per row, then the sampling kernel, then log-probabilities.
+
+Called by ``model_runner`` once a step. Rows that ask for nothing special cost nothing here: edits touch only
+the rows that need them. No host synchronisation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from outrider.kernels.sampling import SamplingRows, sample, top_logprobs
+from outrider.runner.rows import IntArray, RowTable
+from outrider.types import RowInit, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Device tensors of one step: ``ids`` int64 ``[N]`` (-1: not finite), and log-probabilities if any row wants them."""
+
+    ids: torch.Tensor
+    logprobs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None
+
+
+class Sampler:
+    """Holds what sampling remembers per row: token counts for penalties, on the device, made on first use."""
+
+    def __init__(self, table: RowTable, vocab_size: int, device: torch.device) -> None:
+        self._table = table
+        self._vocab_size = vocab_size
+        self._device = device
+        self._counts: torch.Tensor | None = None  # [R, V] int32, generated tokens
+        self._seen: torch.Tensor | None = None  # [R, V] bool, prompt tokens
+
+    def start_row(self, init: RowInit) -> None:
+        """Count the known tokens of a row whose parameters look back at them."""
+        if not init.sampling.uses_history:
+            return
+        if self._counts is None or self._seen is None:
+            shape = (len(self._table.params), self._vocab_size)
+            self._counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
+            self._seen = torch.zeros(shape, dtype=torch.bool, device=self._device)
+        prompt = torch.tensor(init.token_ids[: init.prompt_len], device=self._device)
+        output = torch.tensor(init.token_ids[init.prompt_len :], dtype=torch.int64, device=self._device)
+        self._seen[init.row] = False
+        self._seen[init.row, prompt] = True
+        self._counts[init.row] = torch.bincount(output, minlength=self._vocab_size).int()
+
+    def sample(
+        self, logits: torch.Tensor, rows: IntArray, output_index: IntArray, masks: dict[int, bytes]
+    ) -> Sampled:
+        """One id per row of ``logits`` ``[N, V]``."""
+        params = [self._params(row) for row in rows]
+        raw = logits
+        logits = self._edit(logits, params, rows, output_index, masks)
+        temperature = self._table.temperature[rows]
+        ids = sample(logits, self._rows(rows, output_index, temperature), not temperature.any())
+        self._count(ids, params, rows)
+        top = max((p.logprobs for p in params if p.logprobs is not None), default=None)
+        if top is None:
+            return Sampled(ids, None)
+        return Sampled(ids, top_logprobs(raw, ids.clamp(min=0), top))
+
+    def _params(self, row: int) -> SamplingParams:
+        params = self._table.params[row]
+        assert params is not None, "a slice names a row that was never started"
+        return params
+
+    def _rows(self, rows: IntArray, output_index: IntArray, temperature: np.ndarray) -> SamplingRows:
+        def device(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+        table = self._table
+        return SamplingRows(
+            temperature=device(temperature),
+            top_p=device(table.top_p[rows]),
+            top_k=device(table.top_k[rows]),
+            min_p=device(table.min_p[rows]),
+            uniform=device(table.uniforms(rows, output_index)),
+        )
+
+    def _edit(
+        self,
+        logits: torch.Tensor,
+        params: list[SamplingParams],
+        rows: IntArray,
+        output_index: IntArray,
+        masks: dict[int, bytes],
+    ) -> torch.Tensor:
+        """Logits with penalties, biases, bans and grammar masks applied; the input is not changed."""
+        edited: torch.Tensor | None = None
+        for i, (p, row) in enumerate(zip(params, rows.tolist(), strict=True)):
+            banned = p.end_token_ids if output_index[i] < p.min_tokens else frozenset()
+            if not (p.uses_history or p.logit_bias or p.allowed_token_ids or banned or row in masks):
+                continue
+            if edited is None:
+                edited = logits.float() if logits.dtype != torch.float32 else logits.clone()
+            line = edited[i]
+            if p.uses_history:
+                self._penalise(line, p, row)
+            if p.logit_bias:
+                line[self._ids(p.logit_bias)] += torch.tensor(
+                    list(p.logit_bias.values()), dtype=torch.float32, device=self._device
+                )
+            if p.allowed_token_ids:
+                keep = torch.zeros_like(line, dtype=torch.bool)
+                keep[self._ids(p.allowed_token_ids)] = True
+                line.masked_fill_(~keep, float("-inf"))
+            if banned:
+                line[self._ids(banned)] = float("-inf")
+            if row in masks:
+                line.masked_fill_(~self._unpack(masks[row]), float("-inf"))
+        return logits if edited is None else edited
+
+    def _ids(self, ids: dict[int, float] | tuple[int, ...] | frozenset[int]) -> torch.Tensor:
+        return torch.tensor(list(ids), dtype=torch.int64, device=self._device)
+
+    def _penalise(self, line: torch.Tensor, p: SamplingParams, row: int) -> None:
+        """Repetition (CTRL, Keskar 2019) over prompt and output; presence and frequency over the output (OpenAI)."""
+        assert self._counts is not None and self._seen is not None
+        counts = self._counts[row]
+        if p.repetition_penalty != 1.0:
+            seen = self._seen[row] | (counts > 0)
+            scaled = torch.where(line > 0, line / p.repetition_penalty, line * p.repetition_penalty)
+            line.copy_(torch.where(seen, scaled, line))
+        line -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
+
+    def _unpack(self, mask: bytes) -> torch.Tensor:
+        bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")[: self._vocab_size]
+        allowed = torch.zeros(self._vocab_size, dtype=torch.bool)
+        allowed[: len(bits)] = torch.from_numpy(bits.astype(bool))
+        return allowed.to(self._device, non_blocking=True)
+
+    def _count(self, ids: torch.Tensor, params: list[SamplingParams], rows: IntArray) -> None:
+        tracked = [i for i, p in enumerate(params) if p.uses_history]
+        if tracked and self._counts is not None:
+            index = torch.tensor(tracked, device=self._device)
+            row_ids = torch.from_numpy(rows).to(self._device)[index]
+            ones = torch.ones(len(tracked), dtype=torch.int32, device=self._device)
+            self._counts.index_put_((row_ids, ids[index].clamp(min=0)), ones, accumulate=True)
