@@ -1,6 +1,6 @@
 """The JSON schema of a ``--config`` file, generated from ``cli/options.py``.
 
-Used by ``outrider check``, which prints it for editors with ``--schema``. Builds plain dicts, validates nothing.
+Used by ``outrider check``, which prints it for editors with ``--schema``. Builds plain dicts; validates none.
 """
 
 from __future__ import annotations

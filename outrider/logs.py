@@ -18,7 +18,7 @@ def level_from_environment() -> str:
     return name.lower() if name.lower() in LEVELS else "info"
 
 
-def configure(process: str, level: str | None = None) -> None:
+def setup_logging(process: str, level: str | None = None) -> None:
     """Send all log records of this process to stderr, each line opened by ``(process pid=N)``."""
     handler = logging.StreamHandler()
     prefix = f"({process} pid={os.getpid()})"
