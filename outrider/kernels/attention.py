@@ -10,6 +10,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from outrider.kernels._dispatch import on_gpu
+from outrider.kernels.attention_decode import decode_attention
+from outrider.kernels.attention_prefill import prefill_attention
+
 
 def paged_attention(
     q: torch.Tensor,
@@ -34,7 +38,7 @@ def paged_attention(
     ``j <= i`` and, with ``chunk_size``, ``j // chunk_size == i // chunk_size``. A decode of length 0 (graph padding)
     gives zeros. ``max_query_len`` and ``max_seq_len`` are upper bounds. Softmax in float32.
     """
-    op = paged_attention_triton if q.is_cuda else paged_attention_reference
+    op = paged_attention_triton if on_gpu(q) else paged_attention_reference
     return op(
         q, k_cache, v_cache, block_tables, query_start, seq_lens, num_decodes,
         max_query_len, max_seq_len, sm_scale, chunk_size, k_scale, v_scale,
@@ -115,13 +119,14 @@ def _decode(
     mask = None
     if any(b != first for b in begins) or any(n != last for n in lengths):
         j = torch.arange(first, last)
-        ends = torch.tensor(lengths).unsqueeze(1)
-        mask = ((j < ends) & (j >= torch.tensor(begins).unsqueeze(1)))[:, None, :, None]
-        # A masked score still meets 0 * value, so values that nobody may see must at least be finite.
-        k, v = k.masked_fill(~mask, 0), v.masked_fill(~mask, 0)
-        mask = mask.transpose(2, 3)
+        mask = (j < torch.tensor(lengths)[:, None]) & (j >= torch.tensor(begins)[:, None])
+        mask = mask[:, None, None]
     rows = q.reshape(num_seqs, kv_heads, num_heads // kv_heads, head_dim)
     out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=sm_scale)
+    if mask is not None and not torch.isfinite(out).all():
+        # A masked key or value still meets a zero, so what a failed sequence left in a block must be hidden.
+        k, v = (x.masked_fill(~mask.transpose(2, 3), 0) for x in (k, v))
+        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=sm_scale)
     if min(lengths) == 0:
         out[torch.tensor(lengths) == 0] = 0
     return out.reshape(num_seqs, num_heads, head_dim)
@@ -154,3 +159,34 @@ def _prefill(
             mask &= j // chunk_size == i // chunk_size
     out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, is_causal=plain, scale=sm_scale)
     return out.permute(2, 0, 1, 3).reshape(num_queries, num_heads, head_dim)
+
+
+def paged_attention_triton(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    num_decodes: int,
+    max_query_len: int,
+    max_seq_len: int,
+    sm_scale: float,
+    chunk_size: int | None,
+    k_scale: float,
+    v_scale: float,
+) -> torch.Tensor:
+    """Launch the decode kernels on the first ``num_decodes`` rows and the prefill kernel on the others."""
+    num_tokens, num_heads, head_dim = q.shape
+    out = torch.empty((num_tokens, num_heads * head_dim), dtype=q.dtype, device=q.device)
+    if num_decodes:
+        decode_attention(
+            q[:num_decodes], k_cache, v_cache, block_tables, seq_lens, max_seq_len,
+            sm_scale, chunk_size, k_scale, v_scale, out,
+        )  # fmt: skip
+    if num_tokens > num_decodes:
+        prefill_attention(
+            q, k_cache, v_cache, block_tables, query_start, seq_lens, num_decodes,
+            sm_scale, chunk_size, k_scale, v_scale, out,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,261 @@
+"""Decode attention on the GPU: one query a sequence, keys and values read once, split over programs.
+
+Called by ``attention`` only. One program takes the query heads of one kv head (padded to 16 rows for the matrix
+units) and one split of the sequence's context; a second kernel merges the splits. The number of splits follows
+host integers, their bounds follow ``seq_lens`` on the device: the same launch serves any lengths, so it can be
+captured in a CUDA graph. The floor is reading the context's keys and values once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from outrider.kernels._dispatch import ceil_div, num_sms, power_of_two_at_least
+
+LOG2_E = 1.4426950408889634
+FP8 = torch.float8_e4m3fn
+
+
+class DecodeTile(NamedTuple):
+    """Launch constants: tokens a step of the loop reads, warps, pipeline depth, programs wanted for each SM."""
+
+    tokens: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
+    programs_per_sm: int = 16
+
+
+MAX_SPLITS = 64
+SMALL_CONTEXT_TOKENS = 64
+"""No split is made shorter than this."""
+
+
+@triton.jit
+def load_kv(ptr, table_ptr, start, end, block_stride, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr):
+    """Tokens ``[start, start + TILE)`` of one kv head as ``[TILE, D]``; zeros from ``end`` on, whatever lies there."""
+    rows = tl.arange(0, TILE)
+    dims = tl.arange(0, D)
+    if BLOCK_SIZE >= TILE:
+        block = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64)
+        offsets = block * block_stride + (start % BLOCK_SIZE + rows)[:, None] * D + dims[None, :]
+    else:
+        tokens = start + rows
+        blocks = tl.load(table_ptr + tokens // BLOCK_SIZE, mask=tokens < end, other=0).to(tl.int64)
+        offsets = (blocks * block_stride + (tokens % BLOCK_SIZE) * D)[:, None] + dims[None, :]
+    return tl.load(ptr + offsets, mask=((start + rows) < end)[:, None], other=0.0)
+
+
+@triton.jit
+def split_bounds(length, num_splits, CHUNK: tl.constexpr, TILE: tl.constexpr):
+    """First visible token, first tile, end tile, tiles a split: the same for the kernel and its merge."""
+    begin = 0
+    if CHUNK > 0:
+        begin = tl.maximum(length - 1, 0) // CHUNK * CHUNK
+    first = begin // TILE
+    end = tl.cdiv(length, TILE)
+    return begin, first, end, tl.maximum(tl.cdiv(end - first, num_splits), 1)
+
+
+@triton.jit
+def _decode_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    tables_ptr,
+    seq_lens_ptr,
+    out_ptr,
+    partial_ptr,
+    lse_ptr,
+    q_stride,
+    block_stride,
+    head_stride,
+    table_stride,
+    num_splits,
+    score_scale,
+    v_scale,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    kv_head, seq, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(seq_lens_ptr + seq)
+    begin, first, end, per_split = split_bounds(length, num_splits, CHUNK, TILE)
+    first += split * per_split
+    end = tl.minimum(end, first + per_split)
+    if SPLIT and first >= end:
+        return
+    # e4m3 values are exact in float16, whose extra mantissa bits also serve the probabilities.
+    compute: tl.constexpr = tl.float16 if k_ptr.dtype.element_ty == tl.float8e4nv else q_ptr.dtype.element_ty
+    rows = tl.arange(0, 16)
+    dims = tl.arange(0, D)
+    head = kv_head * GROUP + rows
+    in_group = (rows < GROUP)[:, None]
+    q = tl.load(q_ptr + seq.to(tl.int64) * q_stride + head[:, None] * D + dims[None, :], mask=in_group, other=0.0)
+    if compute == tl.float16:
+        q = tl.clamp(q.to(tl.float32), -65504.0, 65504.0)
+    q = q.to(compute)
+    k_ptr += kv_head.to(tl.int64) * head_stride
+    v_ptr += kv_head.to(tl.int64) * head_stride
+    table_ptr = tables_ptr + seq.to(tl.int64) * table_stride
+
+    best = tl.full([16], float("-inf"), tl.float32)
+    total = tl.zeros([16], tl.float32)
+    acc = tl.zeros([16, D], tl.float32)
+    for tile in tl.range(first, end):
+        start = tile * TILE
+        k = load_kv(k_ptr, table_ptr, start, length, block_stride, BLOCK_SIZE, TILE, D)
+        scores = tl.dot(q, tl.trans(k.to(compute)), input_precision="ieee") * score_scale
+        tokens = start + tl.arange(0, TILE)
+        scores = tl.where(((tokens >= begin) & (tokens < length))[None, :], scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, 1))
+        shrink = tl.exp2(best - new_best)
+        probs = tl.exp2(scores - new_best[:, None])
+        total = total * shrink + tl.sum(probs, 1)
+        v = load_kv(v_ptr, table_ptr, start, length, block_stride, BLOCK_SIZE, TILE, D)
+        acc = acc * shrink[:, None] + tl.dot(probs.to(compute), v.to(compute), input_precision="ieee")
+        best = new_best
+    if SPLIT:
+        place = (seq.to(tl.int64) * tl.num_programs(0) * GROUP + head) * num_splits + split
+        tl.store(lse_ptr + place, best + tl.log2(total), mask=rows < GROUP)
+        acc = acc / total[:, None]
+        tl.store(partial_ptr + place[:, None] * D + dims[None, :], acc, mask=in_group)
+    else:
+        acc = acc * tl.where(total > 0, v_scale / total, 0.0)[:, None]
+        place = seq.to(tl.int64) * tl.num_programs(0) * GROUP + head
+        tl.store(out_ptr + place[:, None] * D + dims[None, :], acc.to(out_ptr.dtype.element_ty), mask=in_group)
+
+
+@triton.jit
+def _merge_kernel(
+    partial_ptr,
+    lse_ptr,
+    seq_lens_ptr,
+    out_ptr,
+    num_splits,
+    v_scale,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """One program merges the splits of one head of one sequence; the weights are their softmax masses."""
+    head, seq = tl.program_id(0), tl.program_id(1)
+    length = tl.load(seq_lens_ptr + seq)
+    _, first, end, per_split = split_bounds(length, num_splits, CHUNK, TILE)
+    splits = tl.arange(0, SPLITS)
+    dims = tl.arange(0, D)
+    used = splits < tl.cdiv(end - first, per_split)
+    row = seq.to(tl.int64) * tl.num_programs(0) + head
+    lse = tl.load(lse_ptr + row * num_splits + splits, mask=used, other=float("-inf"))
+    best = tl.max(lse, 0)
+    weight = tl.where(used, tl.exp2(lse - best), 0.0)
+    place = (row * num_splits + splits)[:, None] * D + dims[None, :]
+    partial = tl.load(partial_ptr + place, mask=used[:, None], other=0.0)
+    total = tl.sum(weight, 0)
+    merged = tl.sum(partial * weight[:, None], 0) * tl.where(total > 0, v_scale / total, 0.0)
+    tl.store(out_ptr + row * D + dims, merged.to(out_ptr.dtype.element_ty))
+
+
+def pick_num_splits(num_seqs: int, kv_heads: int, max_seq_len: int, sms: int, tile: DecodeTile) -> int:
+    """Enough splits that the grid fills the device several times over, none below the smallest context."""
+    wanted = ceil_div(sms * tile.programs_per_sm, num_seqs * kv_heads)
+    return max(1, min(wanted, ceil_div(max_seq_len, SMALL_CONTEXT_TOKENS), MAX_SPLITS))
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    max_seq_len: int,
+    sm_scale: float,
+    chunk_size: int | None,
+    k_scale: float,
+    v_scale: float,
+    out: torch.Tensor,
+    tile: DecodeTile | None = None,
+    num_splits: int | None = None,
+) -> None:
+    """Fill ``out [S, H * D]`` for ``q [S, H, D]``, one row a sequence; arguments as in ``paged_attention``."""
+    tile = tile or DecodeTile()
+    num_seqs, num_heads, head_dim = q.shape
+    _, kv_heads, block_size, _ = k_cache.shape
+    if num_splits is None:
+        visible = min(max_seq_len, chunk_size) if chunk_size else max_seq_len
+        num_splits = pick_num_splits(num_seqs, kv_heads, visible, num_sms(q.device), tile)
+    partial = lse = None
+    if num_splits > 1:
+        partial = torch.empty((num_seqs, num_heads, num_splits, head_dim), dtype=torch.float32, device=q.device)
+        lse = torch.empty((num_seqs, num_heads, num_splits), dtype=torch.float32, device=q.device)
+    scales = (k_scale, v_scale) if k_cache.dtype == FP8 else (1.0, 1.0)
+    chunk = chunk_size or 0
+    _decode_kernel[(kv_heads, num_seqs, num_splits)](
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        seq_lens,
+        out,
+        partial,
+        lse,
+        q.stride(0),
+        k_cache.stride(0),
+        k_cache.stride(1),
+        block_tables.stride(0),
+        num_splits,
+        sm_scale * scales[0] * LOG2_E,
+        scales[1],
+        GROUP=num_heads // kv_heads,
+        D=head_dim,
+        BLOCK_SIZE=block_size,
+        TILE=tile.tokens,
+        CHUNK=chunk,
+        SPLIT=num_splits > 1,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    if num_splits > 1:
+        _merge_kernel[(num_heads, num_seqs)](
+            partial, lse, seq_lens, out, num_splits, scales[1],
+            D=head_dim, TILE=tile.tokens, CHUNK=chunk, SPLITS=power_of_two_at_least(num_splits, 2), num_warps=2,
+        )  # fmt: skip
+
+
+_POINTERS = {
+    "q_ptr": "*bf16",
+    "k_ptr": "*fp8e4nv",
+    "v_ptr": "*fp8e4nv",
+    "tables_ptr": "*i32",
+    "seq_lens_ptr": "*i32",
+    "out_ptr": "*bf16",
+    "partial_ptr": "*fp32",
+    "lse_ptr": "*fp32",
+}
+_NUMBERS = {
+    "q_stride": "i32",
+    "block_stride": "i32",
+    "head_stride": "i32",
+    "table_stride": "i32",
+    "num_splits": "i32",
+    "score_scale": "fp32",
+    "v_scale": "fp32",
+}
+_SHAPE = {"GROUP": 5, "D": 128, "BLOCK_SIZE": 64, "TILE": 64}
+_MERGE = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "seq_lens_ptr": "*i32", "out_ptr": "*bf16"}
+AOT_SPECS = [
+    (_decode_kernel, {**_POINTERS, **_NUMBERS}, {**_SHAPE, "CHUNK": 8192, "SPLIT": True}),
+    (_decode_kernel, {**_POINTERS, **_NUMBERS}, {**_SHAPE, "CHUNK": 0, "SPLIT": False}),
+    (
+        _merge_kernel,
+        {**_MERGE, "num_splits": "i32", "v_scale": "fp32"},
+        {"D": 128, "TILE": 64, "CHUNK": 0, "SPLITS": 64},
+    ),
+]
