@@ -10,7 +10,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-FP8_MAX = 448.0
+from outrider.kernels._dispatch import ceil_div, on_gpu, power_of_two_at_least
+from outrider.kernels.quantize import quantize_fp8_reference, to_fp8
 
 
 def silu_mul(gate_up: torch.Tensor, fp8_scale: torch.Tensor | None = None) -> torch.Tensor:
@@ -19,7 +20,7 @@ def silu_mul(gate_up: torch.Tensor, fp8_scale: torch.Tensor | None = None) -> to
     float32 inside, rounded once to the dtype of ``gate_up``. With ``fp8_scale`` (float32 scalar tensor) that
     rounded value is divided by the scale, clamped to +-448 and returned as float8_e4m3fn.
     """
-    if gate_up.is_cuda:
+    if on_gpu(gate_up):
         return silu_mul_triton(gate_up, fp8_scale)
     return silu_mul_reference(gate_up, fp8_scale)
 
@@ -28,9 +29,7 @@ def silu_mul_reference(gate_up: torch.Tensor, fp8_scale: torch.Tensor | None = N
     """The contract of ``silu_mul`` in plain torch: the CPU path and the test oracle."""
     gate, up = gate_up.float().chunk(2, dim=-1)
     y = (F.silu(gate) * up).to(gate_up.dtype)
-    if fp8_scale is None:
-        return y
-    return (y.float() / fp8_scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return y if fp8_scale is None else quantize_fp8_reference(y, fp8_scale)
 
 
 @triton.jit
@@ -52,8 +51,7 @@ def _silu_mul_kernel(
     wide = gate.to(tl.float32)
     y = (wide * tl.sigmoid(wide) * up.to(tl.float32)).to(gate.dtype)
     if HAS_FP8:
-        scaled = tl.div_rn(y.to(tl.float32), tl.load(scale_ptr))
-        tl.store(out_ptr + row * num_cols + cols, tl.clamp(scaled, -448.0, 448.0).to(tl.float8e4nv), mask=mask)
+        tl.store(out_ptr + row * num_cols + cols, to_fp8(y.to(tl.float32), tl.load(scale_ptr)), mask=mask)
     else:
         tl.store(out_ptr + row * num_cols + cols, y, mask=mask)
 
@@ -66,8 +64,8 @@ def silu_mul_triton(gate_up: torch.Tensor, fp8_scale: torch.Tensor | None = None
     out = torch.empty((num_rows, num_cols), dtype=dtype, device=gate_up.device)
     if num_rows == 0:
         return out
-    block = min(2048, triton.next_power_of_2(num_cols))
-    _silu_mul_kernel[(num_rows, triton.cdiv(num_cols, block))](
+    block = min(2048, power_of_two_at_least(num_cols, 32))
+    _silu_mul_kernel[(num_rows, ceil_div(num_cols, block))](
         gate_up,
         out,
         fp8_scale,

@@ -86,7 +86,7 @@ _Cache = tuple[torch.Tensor, torch.Tensor, float, float]
 def _gather(
     cache: _Cache, tables: torch.Tensor, first: int, last: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values ``[S, K, L, D]`` of the tokens ``[first, last)``, ``first`` being a multiple of the block size."""
+    """Keys and values ``[S, K, L, D]`` of tokens ``[first, last)``; ``first`` is a multiple of the block size."""
     k_cache, v_cache, k_scale, v_scale = cache
     _, kv_heads, block_size, head_dim = k_cache.shape
     ids = tables[:, first // block_size : -(-last // block_size)]

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from outrider.kernels._dispatch import ceil_div, num_sms, power_of_two_at_least
+from outrider.kernels._dispatch import ceil_div, interpreted, num_sms, power_of_two_at_least
 
 LOG2_E = 1.4426950408889634
 FP8 = torch.float8_e4m3fn
@@ -35,7 +35,9 @@ SMALL_CONTEXT_TOKENS = 64
 
 
 @triton.jit
-def load_kv(ptr, table_ptr, start, end, block_stride, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr):
+def load_kv(
+    ptr, table_ptr, start, end, block_stride, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr
+):
     """Tokens ``[start, start + TILE)`` of one kv head as ``[TILE, D]``; zeros from ``end`` on, whatever lies there."""
     rows = tl.arange(0, TILE)
     dims = tl.arange(0, D)
@@ -82,6 +84,7 @@ def _decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
+    COMPUTE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     kv_head, seq, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -91,16 +94,16 @@ def _decode_kernel(
     end = tl.minimum(end, first + per_split)
     if SPLIT and first >= end:
         return
-    # e4m3 values are exact in float16, whose extra mantissa bits also serve the probabilities.
-    compute: tl.constexpr = tl.float16 if k_ptr.dtype.element_ty == tl.float8e4nv else q_ptr.dtype.element_ty
     rows = tl.arange(0, 16)
     dims = tl.arange(0, D)
     head = kv_head * GROUP + rows
     in_group = (rows < GROUP)[:, None]
-    q = tl.load(q_ptr + seq.to(tl.int64) * q_stride + head[:, None] * D + dims[None, :], mask=in_group, other=0.0)
-    if compute == tl.float16:
+    q = tl.load(
+        q_ptr + seq.to(tl.int64) * q_stride + head[:, None] * D + dims[None, :], mask=in_group, other=0.0
+    )
+    if tl.float16 == COMPUTE:
         q = tl.clamp(q.to(tl.float32), -65504.0, 65504.0)
-    q = q.to(compute)
+    q = q.to(COMPUTE)
     k_ptr += kv_head.to(tl.int64) * head_stride
     v_ptr += kv_head.to(tl.int64) * head_stride
     table_ptr = tables_ptr + seq.to(tl.int64) * table_stride
@@ -111,7 +114,7 @@ def _decode_kernel(
     for tile in tl.range(first, end):
         start = tile * TILE
         k = load_kv(k_ptr, table_ptr, start, length, block_stride, BLOCK_SIZE, TILE, D)
-        scores = tl.dot(q, tl.trans(k.to(compute)), input_precision="ieee") * score_scale
+        scores = tl.dot(q, tl.trans(k.to(COMPUTE)), input_precision="ieee") * score_scale
         tokens = start + tl.arange(0, TILE)
         scores = tl.where(((tokens >= begin) & (tokens < length))[None, :], scores, float("-inf"))
         new_best = tl.maximum(best, tl.max(scores, 1))
@@ -119,7 +122,7 @@ def _decode_kernel(
         probs = tl.exp2(scores - new_best[:, None])
         total = total * shrink + tl.sum(probs, 1)
         v = load_kv(v_ptr, table_ptr, start, length, block_stride, BLOCK_SIZE, TILE, D)
-        acc = acc * shrink[:, None] + tl.dot(probs.to(compute), v.to(compute), input_precision="ieee")
+        acc = acc * shrink[:, None] + tl.dot(probs.to(COMPUTE), v.to(COMPUTE), input_precision="ieee")
         best = new_best
     if SPLIT:
         place = (seq.to(tl.int64) * tl.num_programs(0) * GROUP + head) * num_splits + split
@@ -129,7 +132,9 @@ def _decode_kernel(
     else:
         acc = acc * tl.where(total > 0, v_scale / total, 0.0)[:, None]
         place = seq.to(tl.int64) * tl.num_programs(0) * GROUP + head
-        tl.store(out_ptr + place[:, None] * D + dims[None, :], acc.to(out_ptr.dtype.element_ty), mask=in_group)
+        tl.store(
+            out_ptr + place[:, None] * D + dims[None, :], acc.to(out_ptr.dtype.element_ty), mask=in_group
+        )
 
 
 @triton.jit
@@ -163,6 +168,16 @@ def _merge_kernel(
     tl.store(out_ptr + row * D + dims, merged.to(out_ptr.dtype.element_ty))
 
 
+def compute_dtype(q: torch.Tensor, cache: torch.Tensor) -> tl.dtype:
+    """The matrix units' operand type: an FP8 cache's values are exact in float16, which also holds
+    probabilities more finely than bfloat16. The interpreter multiplies no bfloat16."""
+    if cache.dtype == FP8:
+        return tl.float16
+    if q.dtype == torch.bfloat16:
+        return tl.float32 if interpreted() else tl.bfloat16
+    return tl.float32
+
+
 def pick_num_splits(num_seqs: int, kv_heads: int, max_seq_len: int, sms: int, tile: DecodeTile) -> int:
     """Enough splits that the grid fills the device several times over, none below the smallest context."""
     wanted = ceil_div(sms * tile.programs_per_sm, num_seqs * kv_heads)
@@ -193,7 +208,9 @@ def decode_attention(
         num_splits = pick_num_splits(num_seqs, kv_heads, visible, num_sms(q.device), tile)
     partial = lse = None
     if num_splits > 1:
-        partial = torch.empty((num_seqs, num_heads, num_splits, head_dim), dtype=torch.float32, device=q.device)
+        partial = torch.empty(
+            (num_seqs, num_heads, num_splits, head_dim), dtype=torch.float32, device=q.device
+        )
         lse = torch.empty((num_seqs, num_heads, num_splits), dtype=torch.float32, device=q.device)
     scales = (k_scale, v_scale) if k_cache.dtype == FP8 else (1.0, 1.0)
     chunk = chunk_size or 0
@@ -218,6 +235,7 @@ def decode_attention(
         BLOCK_SIZE=block_size,
         TILE=tile.tokens,
         CHUNK=chunk,
+        COMPUTE=compute_dtype(q, k_cache),
         SPLIT=num_splits > 1,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -248,7 +266,7 @@ _NUMBERS = {
     "score_scale": "fp32",
     "v_scale": "fp32",
 }
-_SHAPE = {"GROUP": 5, "D": 128, "BLOCK_SIZE": 64, "TILE": 64}
+_SHAPE = {"GROUP": 5, "D": 128, "BLOCK_SIZE": 64, "TILE": 64, "COMPUTE": tl.float16}
 _MERGE = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "seq_lens_ptr": "*i32", "out_ptr": "*bf16"}
 AOT_SPECS = [
     (_decode_kernel, {**_POINTERS, **_NUMBERS}, {**_SHAPE, "CHUNK": 8192, "SPLIT": True}),

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from outrider.kernels.attention_decode import FP8, LOG2_E, load_kv
+from outrider.kernels.attention_decode import FP8, LOG2_E, compute_dtype, load_kv
 
 
 class PrefillTile(NamedTuple):
@@ -92,6 +92,7 @@ def _prefill_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):
     QUERIES: tl.constexpr = ROWS // GROUP
     kv_head = tl.program_id(0)
@@ -104,8 +105,6 @@ def _prefill_kernel(
         return
     length = tl.load(seq_lens_ptr + seq)
     context = length - num_queries
-    # e4m3 values are exact in float16, whose extra mantissa bits also serve the probabilities.
-    compute: tl.constexpr = tl.float16 if k_ptr.dtype.element_ty == tl.float8e4nv else q_ptr.dtype.element_ty
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, D)
     query = first + rows // GROUP
@@ -114,9 +113,9 @@ def _prefill_kernel(
     place = (query_first + query).to(tl.int64)
     q_offsets = (place * q_stride + head * D)[:, None] + dims[None, :]
     q = tl.load(q_ptr + q_offsets, mask=in_tile, other=0.0)
-    if compute == tl.float16:
+    if tl.float16 == COMPUTE:
         q = tl.clamp(q.to(tl.float32), -65504.0, 65504.0)
-    q = q.to(compute)
+    q = q.to(COMPUTE)
     k_ptr += kv_head.to(tl.int64) * head_stride
     v_ptr += kv_head.to(tl.int64) * head_stride
     table_ptr = tables_ptr + seq.to(tl.int64) * table_stride
@@ -201,6 +200,7 @@ def prefill_attention(
         ROWS=tile.rows,
         TILE=tile.tokens,
         CHUNK=chunk_size or 0,
+        COMPUTE=compute_dtype(q, k_cache),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -223,7 +223,7 @@ _SIGNATURE = {
     "score_scale": "fp32",
     "v_scale": "fp32",
 }
-_SHAPE = {"GROUP": 5, "D": 128, "BLOCK_SIZE": 64, "ROWS": 128, "TILE": 64}
+_SHAPE = {"GROUP": 5, "D": 128, "BLOCK_SIZE": 64, "ROWS": 128, "TILE": 64, "COMPUTE": tl.float16}
 AOT_SPECS = [
     (_prefill_kernel, _SIGNATURE, {**_SHAPE, "CHUNK": 0}),
     (_prefill_kernel, _SIGNATURE, {**_SHAPE, "CHUNK": 8192}),

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-FP8_MAX = 448.0
+from outrider.kernels._dispatch import on_gpu, power_of_two_at_least
+from outrider.kernels.quantize import quantize_fp8_reference, to_fp8
 
 
 class Normed(NamedTuple):
@@ -36,7 +37,7 @@ def rms_norm(
     ``weight [M]`` has the model dtype. ``fp8_scale`` is a float32 scalar tensor: ``y_fp8 = y / fp8_scale``,
     clamped to +-448. Arithmetic is float32 inside; the residual sum is rounded to the model dtype.
     """
-    if x.is_cuda:
+    if on_gpu(x):
         return rms_norm_triton(x, weight, eps, residual, fp8_scale)
     return rms_norm_reference(x, weight, eps, residual, fp8_scale)
 
@@ -57,8 +58,7 @@ def rms_norm_reference(
         y = F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype) * weight
     if fp8_scale is None:
         return Normed(y, None)
-    y_fp8 = (y.float() / fp8_scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return Normed(y, y_fp8)
+    return Normed(y, quantize_fp8_reference(y, fp8_scale))
 
 
 @triton.jit
@@ -92,9 +92,8 @@ def _rms_norm_kernel(
     y = ((wide * inv_rms).to(x.dtype).to(tl.float32) * weight.to(tl.float32)).to(x.dtype)
     tl.store(y_ptr + row * num_cols + cols, y, mask=mask)
     if HAS_FP8:
-        scaled = tl.div_rn(y.to(tl.float32), tl.load(scale_ptr))
-        scaled = tl.clamp(scaled, -448.0, 448.0)
-        tl.store(y_fp8_ptr + row * num_cols + cols, scaled.to(tl.float8e4nv), mask=mask)
+        y_fp8 = to_fp8(y.to(tl.float32), tl.load(scale_ptr))
+        tl.store(y_fp8_ptr + row * num_cols + cols, y_fp8, mask=mask)
 
 
 def rms_norm_triton(
@@ -110,7 +109,7 @@ def rms_norm_triton(
     y_fp8 = None if fp8_scale is None else torch.empty_like(y, dtype=torch.float8_e4m3fn)
     if num_rows == 0:
         return Normed(y, y_fp8)
-    block = triton.next_power_of_2(num_cols)
+    block = power_of_two_at_least(num_cols, 32)
     _rms_norm_kernel[(num_rows,)](
         x,
         weight,
@@ -135,8 +134,20 @@ def _num_warps(block: int) -> int:
     return max(1, min(16, block // 512))
 
 
-_ROW = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "y_ptr": "*bf16", "scale_ptr": "*fp32", "y_fp8_ptr": "*fp8e4nv"}
-_SIZES = {"residual_ptr": "*bf16", "x_stride": "i32", "residual_stride": "i32", "num_cols": "i32", "eps": "fp32"}
+_ROW = {
+    "x_ptr": "*bf16",
+    "weight_ptr": "*bf16",
+    "y_ptr": "*bf16",
+    "scale_ptr": "*fp32",
+    "y_fp8_ptr": "*fp8e4nv",
+}
+_SIZES = {
+    "residual_ptr": "*bf16",
+    "x_stride": "i32",
+    "residual_stride": "i32",
+    "num_cols": "i32",
+    "eps": "fp32",
+}
 AOT_SPECS = [
     (
         _rms_norm_kernel,

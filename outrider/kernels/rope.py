@@ -14,7 +14,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-FP8_MAX = 448.0
+from outrider.kernels._dispatch import ceil_div, on_gpu
+from outrider.kernels.quantize import FP8_MAX, to_fp8
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -51,7 +52,7 @@ def qkv_rope_store(
     ``slots`` int64 ``[T]`` = ``block_id * block_size + offset``. An FP8 cache holds ``x / scale`` clamped to +-448;
     for other dtypes the scales are ignored. Tokens may share a slot only in block 0, which is never read.
     """
-    if qkv.is_cuda:
+    if on_gpu(qkv):
         return qkv_rope_store_triton(qkv, positions, spec, k_cache, v_cache, slots, k_scale, v_scale)
     return qkv_rope_store_reference(qkv, positions, spec, k_cache, v_cache, slots, k_scale, v_scale)
 
@@ -107,3 +108,180 @@ def _as_stored(x: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tenso
     if dtype != torch.float8_e4m3fn:
         return x.to(dtype)
     return (x.float() / scale).clamp_(-FP8_MAX, FP8_MAX).to(dtype)
+
+
+@triton.jit
+def _qkv_rope_store_kernel(
+    qkv_ptr,
+    positions_ptr,
+    inv_freq_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    slots_ptr,
+    qkv_stride,
+    block_stride,
+    head_stride,
+    norm_eps,
+    floor_scale,
+    attn_scale,
+    k_scale,
+    v_scale,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROTATE: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    NORM: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    FP8: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program takes ``BLOCK`` consecutive heads (of q, k or v) of one token, as two halves of every pair."""
+    token = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    half: tl.constexpr = D // 2
+    pairs = tl.arange(0, half)
+    is_q = heads < HEADS
+    is_k = (heads >= HEADS) & (heads < HEADS + KV_HEADS)
+    is_v = (heads >= HEADS + KV_HEADS) & (heads < HEADS + 2 * KV_HEADS)
+    base = qkv_ptr + token * qkv_stride + heads[:, None] * D
+    inside = (is_q | is_k | is_v)[:, None]
+    if INTERLEAVED:
+        both = tl.load(base + tl.arange(0, D)[None, :], mask=inside, other=0.0)
+        first, second = tl.split(tl.reshape(both, [BLOCK, half, 2]))
+    else:
+        first = tl.load(base + pairs[None, :], mask=inside, other=0.0)
+        second = tl.load(base + half + pairs[None, :], mask=inside, other=0.0)
+    dtype: tl.constexpr = qkv_ptr.dtype.element_ty
+    a = first.to(tl.float32)
+    b = second.to(tl.float32)
+    position = tl.load(positions_ptr + token).to(tl.float32)
+    keep = is_v[:, None]
+    if ROTATE:
+        angles = position * tl.load(inv_freq_ptr + pairs)
+        cos = tl.cos(angles)[None, :]
+        sin = tl.sin(angles)[None, :]
+        turned = tl.where(keep, a, a * cos - b * sin)
+        b = tl.where(keep, b, b * cos + a * sin).to(dtype).to(tl.float32)
+        a = turned.to(dtype).to(tl.float32)
+    if NORM:
+        squares = (tl.sum(a * a, 1) + tl.sum(b * b, 1)) / D
+        inv_rms = tl.where(is_v, 1.0, tl.rsqrt(squares + norm_eps))[:, None]
+        a = (a * inv_rms).to(dtype).to(tl.float32)
+        b = (b * inv_rms).to(dtype).to(tl.float32)
+    if TEMPERATURE:
+        steps = tl.floor((position + 1.0) / floor_scale)
+        factor = tl.where(is_q, tl.log(steps + 1.0) * attn_scale + 1.0, 1.0)[:, None]
+        a = a * factor
+        b = b * factor
+    slot = tl.load(slots_ptr + token)
+    cell = slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * D
+    q_rows = q_ptr + (token * HEADS + heads)[:, None] * D
+    k_rows = k_ptr + cell + (heads - HEADS)[:, None] * head_stride
+    v_rows = v_ptr + cell + (heads - HEADS - KV_HEADS)[:, None] * head_stride
+    if INTERLEAVED:
+        out = tl.reshape(tl.join(a, b), [BLOCK, D])
+        cols = tl.arange(0, D)[None, :]
+        tl.store(q_rows + cols, out.to(dtype), mask=is_q[:, None])
+        _store_kv(k_rows + cols, out, k_scale, is_k[:, None], FP8)
+        _store_kv(v_rows + cols, out, v_scale, is_v[:, None], FP8)
+    else:
+        for part in tl.static_range(2):
+            cols = (pairs + part * half)[None, :]
+            out = a if part == 0 else b
+            tl.store(q_rows + cols, out.to(dtype), mask=is_q[:, None])
+            _store_kv(k_rows + cols, out, k_scale, is_k[:, None], FP8)
+            _store_kv(v_rows + cols, out, v_scale, is_v[:, None], FP8)
+
+
+@triton.jit
+def _store_kv(ptr, x, scale, mask, FP8: tl.constexpr):
+    if FP8:
+        tl.store(ptr, to_fp8(x, scale), mask=mask)
+    else:
+        tl.store(ptr, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+HEADS_PER_PROGRAM = 8
+
+
+def qkv_rope_store_triton(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    spec: RopeSpec,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    k_scale: float,
+    v_scale: float,
+) -> torch.Tensor:
+    """One launch over tokens and groups of heads; see ``qkv_rope_store``."""
+    heads, kv_heads, head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+    num_tokens = qkv.shape[0]
+    q = torch.empty((num_tokens, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    if num_tokens == 0:
+        return q
+    floor_scale, attn_scale = spec.temperature or (1.0, 0.0)
+    _qkv_rope_store_kernel[(num_tokens, ceil_div(heads + 2 * kv_heads, HEADS_PER_PROGRAM))](
+        qkv,
+        positions,
+        spec.inv_freq,
+        q,
+        k_cache,
+        v_cache,
+        slots,
+        qkv.stride(0),
+        k_cache.stride(0),
+        k_cache.stride(1),
+        spec.qk_norm_eps or 0.0,
+        floor_scale,
+        attn_scale,
+        k_scale,
+        v_scale,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        D=head_dim,
+        BLOCK_SIZE=k_cache.shape[2],
+        ROTATE=spec.inv_freq is not None,
+        INTERLEAVED=spec.interleaved,
+        NORM=spec.qk_norm_eps is not None,
+        TEMPERATURE=spec.temperature is not None,
+        FP8=k_cache.dtype == torch.float8_e4m3fn,
+        BLOCK=HEADS_PER_PROGRAM,
+        num_warps=2,
+    )
+    return q
+
+
+_POINTERS = {
+    "qkv_ptr": "*bf16",
+    "positions_ptr": "*i64",
+    "inv_freq_ptr": "*fp32",
+    "q_ptr": "*bf16",
+    "k_ptr": "*fp8e4nv",
+    "v_ptr": "*fp8e4nv",
+    "slots_ptr": "*i64",
+}
+_NUMBERS = {
+    "qkv_stride": "i32",
+    "block_stride": "i32",
+    "head_stride": "i32",
+    "norm_eps": "fp32",
+    "floor_scale": "fp32",
+    "attn_scale": "fp32",
+    "k_scale": "fp32",
+    "v_scale": "fp32",
+}
+_SHAPE = {"HEADS": 40, "KV_HEADS": 8, "D": 128, "BLOCK_SIZE": 64, "FP8": True, "BLOCK": HEADS_PER_PROGRAM}
+_ROTATED = {"ROTATE": True, "NORM": True, "TEMPERATURE": False}
+AOT_SPECS = [
+    (_qkv_rope_store_kernel, {**_POINTERS, **_NUMBERS}, {**_SHAPE, **_ROTATED, "INTERLEAVED": True}),
+    (_qkv_rope_store_kernel, {**_POINTERS, **_NUMBERS}, {**_SHAPE, **_ROTATED, "INTERLEAVED": False}),
+    (
+        _qkv_rope_store_kernel,
+        {**_POINTERS, **_NUMBERS},
+        {**_SHAPE, "ROTATE": False, "NORM": False, "TEMPERATURE": True, "INTERLEAVED": True},
+    ),
+]
