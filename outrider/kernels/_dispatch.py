@@ -37,3 +37,9 @@ def ceil_div(a: int, b: int) -> int:
 def power_of_two_at_least(n: int, low: int) -> int:
     """The smallest power of two that is at least ``n`` and at least ``low``."""
     return max(low, 1 << max(n - 1, 0).bit_length())
+
+
+@functools.cache
+def arrival_counters(device: torch.device) -> torch.Tensor:
+    """Zeroed counters for split-K tiles; every kernel that uses them leaves them at zero."""
+    return torch.zeros(1 << 16, dtype=torch.int32, device=device)

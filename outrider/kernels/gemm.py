@@ -1,19 +1,57 @@
 """Dense matrix products: plain, and FP8 with static scales.
 
-Called by the linear layers of ``quant``. Never quantises anything itself.
+Called by the linear layers of ``quant``. Never quantises anything itself. Few rows: a Triton kernel that streams
+the weights with their rows on the tensor core's M side. Many rows: cuBLASLt through torch.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from outrider.kernels._dispatch import on_gpu
+from outrider.kernels._dispatch import arrival_counters, ceil_div, num_sms, on_gpu, power_of_two_at_least
+
+
+@dataclass(frozen=True)
+class SkinnyTile:
+    """Launch constants of the few-rows product: weight rows and depth of a tile, pipeline stages, warps.
+
+    ``programs_per_sm``: the depth is split until about that many programs a multiprocessor exist.
+    """
+
+    outputs: int
+    depth: int
+    stages: int
+    warps: int
+    programs_per_sm: int
+
+
+SKINNY_TILES = {
+    torch.float8_e4m3fn: (
+        (16, SkinnyTile(64, 256, 5, 4, 2)),
+        (64, SkinnyTile(64, 256, 4, 4, 2)),
+    ),
+    torch.bfloat16: (
+        (16, SkinnyTile(64, 128, 5, 4, 2)),
+        (64, SkinnyTile(64, 128, 4, 4, 2)),
+    ),
+}
+"""(most rows, tile) per weight dtype; above the last entry cuBLASLt runs. Estimates, not yet measured."""
+
+MAX_SPLIT_K = 16
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``x[T, K] @ weight[N, K].T -> [T, N]`` in the common dtype, float32 accumulation."""
-    return F.linear(x, weight)
+    tile = _skinny_tile(x, weight)
+    if tile is None:
+        return F.linear(x, weight)
+    return skinny_triton(x, weight, None, None, x.dtype, tile)
 
 
 def fp8_linear(
@@ -28,7 +66,12 @@ def fp8_linear(
     ``x`` e4m3 [T, K], ``weight`` e4m3 [N, K]; ``x_scale`` f32 of one element or [T] (a scale a row);
     ``w_scale`` f32 [N], one value an output, which keeps fused shards with different scales exact.
     """
-    return fp8_linear_reference(x, weight, x_scale, w_scale, out_dtype)
+    if not on_gpu(x):
+        return fp8_linear_reference(x, weight, x_scale, w_scale, out_dtype)
+    tile = _skinny_tile(x, weight)
+    if tile is None:
+        return fp8_linear_cublas(x, weight, x_scale, w_scale, out_dtype)
+    return skinny_triton(x, weight, x_scale, w_scale, out_dtype, tile)
 
 
 def fp8_linear_reference(
@@ -41,3 +84,171 @@ def fp8_linear_reference(
     """Plain-torch ``fp8_linear``: the product in float32, scaled afterwards."""
     product = F.linear(x.float(), weight.float())
     return (product * (x_scale.reshape(-1, 1) * w_scale)).to(out_dtype)
+
+
+def fp8_linear_cublas(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_scale: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """``fp8_linear`` through torch's scaled product with a scale a row and a scale a column (bf16 out only)."""
+    row_scale = x_scale.reshape(-1, 1).expand(x.shape[0], 1).contiguous()
+    out = torch._scaled_mm(
+        x,
+        weight.t(),
+        scale_a=row_scale,
+        scale_b=w_scale.reshape(1, -1),
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    return out.to(out_dtype)
+
+
+@triton.jit
+def _skinny_kernel(
+    x_desc,
+    w_desc,
+    out_ptr,
+    partial_ptr,
+    arrivals_ptr,
+    x_scale_ptr,
+    w_scale_ptr,
+    num_rows,
+    num_outputs,
+    depth,
+    FP8: tl.constexpr,
+    X_SCALE_STRIDE: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    # The last program of a tile to arrive adds the partial sums in a fixed order: deterministic.
+    tile_n = tl.program_id(0)
+    split = tl.program_id(1)
+    tile_m = tl.program_id(2)
+    steps = tl.cdiv(tl.cdiv(depth, DEPTH), SPLIT_K)
+    first = split * steps * DEPTH
+    last = tl.minimum(first + steps * DEPTH, depth)
+    acc = tl.zeros((OUTPUTS, ROWS), tl.float32)
+    for k in tl.range(first, last, DEPTH):
+        x = x_desc.load([tile_m * ROWS, k])
+        w = w_desc.load([tile_n * OUTPUTS, k])
+        acc = tl.dot(w, x.T, acc)
+    outputs = tile_n * OUTPUTS + tl.arange(0, OUTPUTS)
+    rows = tile_m * ROWS + tl.arange(0, ROWS)
+    mask = (outputs[:, None] < num_outputs) & (rows[None, :] < num_rows)
+    slots = rows[None, :].to(tl.int64) * num_outputs + outputs[:, None]
+    is_last = True
+    if SPLIT_K > 1:
+        plane = num_rows.to(tl.int64) * num_outputs
+        arrivals = arrivals_ptr + tile_m * tl.num_programs(0) + tile_n
+        tl.store(partial_ptr + split * plane + slots, acc, mask=mask)
+        tl.debug_barrier()
+        is_last = tl.atomic_add(arrivals, 1, sem="acq_rel") == SPLIT_K - 1
+        if is_last:
+            acc = tl.zeros((OUTPUTS, ROWS), tl.float32)
+            for part in tl.static_range(SPLIT_K):
+                acc += tl.load(partial_ptr + part * plane + slots, mask=mask, other=0.0, cache_modifier=".cg")
+            tl.store(arrivals, 0)
+    if is_last:
+        if FP8:
+            acc = acc * tl.load(w_scale_ptr + outputs, mask=outputs < num_outputs, other=0.0)[:, None]
+            if X_SCALE_STRIDE:
+                acc = acc * tl.load(x_scale_ptr + rows, mask=rows < num_rows, other=0.0)[None, :]
+            else:
+                acc = acc * tl.load(x_scale_ptr)
+        tl.store(out_ptr + slots, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def skinny_triton(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    w_scale: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    tile: SkinnyTile,
+) -> torch.Tensor:
+    """Launch the few-rows product; scales are for FP8 operands only. K must make rows 16-byte multiples."""
+    num_rows, depth = x.shape
+    num_outputs = weight.shape[0]
+    rows = min(128, power_of_two_at_least(num_rows, 16))
+    tiles = (ceil_div(num_outputs, tile.outputs), ceil_div(num_rows, rows))
+    split_k = _split_k(
+        tiles[0] * tiles[1], ceil_div(depth, tile.depth), tile.programs_per_sm * num_sms(x.device)
+    )
+    out = torch.empty((num_rows, num_outputs), dtype=out_dtype, device=x.device)
+    partial, arrivals = None, None
+    if split_k > 1:
+        partial = torch.empty((split_k, num_rows, num_outputs), dtype=torch.float32, device=x.device)
+        arrivals = arrival_counters(x.device)
+    _skinny_kernel[(tiles[0], split_k, tiles[1])](
+        TensorDescriptor.from_tensor(x.contiguous(), [rows, tile.depth]),
+        TensorDescriptor.from_tensor(weight, [tile.outputs, tile.depth]),
+        out,
+        partial,
+        arrivals,
+        x_scale,
+        w_scale,
+        num_rows,
+        num_outputs,
+        depth,
+        FP8=w_scale is not None,
+        X_SCALE_STRIDE=int(x_scale is not None and x_scale.numel() > 1),
+        SPLIT_K=split_k,
+        ROWS=rows,
+        OUTPUTS=tile.outputs,
+        DEPTH=tile.depth,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out
+
+
+def _skinny_tile(x: torch.Tensor, weight: torch.Tensor) -> SkinnyTile | None:
+    """The table's entry for this many rows, or None where cuBLASLt is the choice."""
+    if not on_gpu(x) or (weight.shape[1] * weight.element_size()) % 16:
+        return None
+    for most_rows, tile in SKINNY_TILES.get(weight.dtype, ()):
+        if x.shape[0] <= most_rows:
+            return tile
+    return None
+
+
+def _split_k(tiles: int, steps: int, wanted: int) -> int:
+    """Parts of the depth: enough programs to fill the GPU, never a part without work."""
+    split = max(1, min(wanted // tiles, steps, MAX_SPLIT_K))
+    return ceil_div(steps, ceil_div(steps, split))
+
+
+def _aot_spec(fp8: bool, rows: int, split_k: int, tile: SkinnyTile):
+    kind = "fp8e4nv" if fp8 else "bf16"
+    signature = {
+        "x_desc": f"tensordesc<{kind}[{rows}, {tile.depth}]>",
+        "w_desc": f"tensordesc<{kind}[{tile.outputs}, {tile.depth}]>",
+        "out_ptr": "*bf16",
+        "partial_ptr": "*fp32",
+        "arrivals_ptr": "*i32",
+        "x_scale_ptr": "*fp32",
+        "w_scale_ptr": "*fp32",
+        "num_rows": "i32",
+        "num_outputs": "i32",
+        "depth": "i32",
+    }
+    constants = {
+        "FP8": fp8,
+        "X_SCALE_STRIDE": 0,
+        "SPLIT_K": split_k,
+        "ROWS": rows,
+        "OUTPUTS": tile.outputs,
+        "DEPTH": tile.depth,
+    }
+    return _skinny_kernel, signature, constants, {"num_warps": tile.warps, "num_stages": tile.stages}
+
+
+AOT_SPECS = [
+    _aot_spec(True, 16, 4, SKINNY_TILES[torch.float8_e4m3fn][0][1]),
+    _aot_spec(False, 16, 1, SKINNY_TILES[torch.bfloat16][0][1]),
+]

@@ -12,11 +12,31 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from outrider.kernels._dispatch import on_gpu
+from outrider.kernels.moe_dispatch import PLAIN, STATIC_FP8, gather_rows_triton, route_triton
+from outrider.kernels.moe_gemm import Tile, down_triton, gate_up_triton
 from outrider.kernels.nvfp4 import dequantize_nvfp4
 from outrider.kernels.quantize import quantize_fp8_reference
 
 ExpertMlp = Callable[[torch.Tensor, int], torch.Tensor]
 """(rows [R, M] already scaled, local expert) -> [R, M]."""
+
+FP8_TILES = (
+    (1, Tile(16, 64, 128, True, 6, 4), Tile(16, 64, 256, True, 5, 4, split_k=4)),
+    (12, Tile(16, 64, 128, True, 6, 4), Tile(16, 64, 256, True, 5, 4)),
+    (24, Tile(32, 64, 128, True, 5, 4), Tile(32, 64, 256, True, 4, 4)),
+    (80, Tile(64, 64, 128, True, 5, 4), Tile(64, 128, 128, True, 5, 4)),
+    (1 << 30, Tile(128, 128, 128, False, 4, 8, programs_per_sm=1), Tile(128, 128, 128, False, 5, 8)),
+)
+"""(most rows an expert on average, gate-up tile, down tile) for e4m3. Estimates, not yet measured."""
+
+BF16_TILES = (
+    (1, Tile(16, 64, 64, True, 5, 4), Tile(16, 64, 128, True, 5, 4, split_k=4)),
+    (12, Tile(16, 64, 64, True, 5, 4), Tile(16, 64, 128, True, 5, 4)),
+    (80, Tile(64, 64, 64, True, 5, 4), Tile(64, 128, 64, True, 4, 4)),
+    (1 << 30, Tile(128, 128, 64, False, 4, 8), Tile(128, 128, 64, False, 4, 8)),
+)
+"""The same for bf16 weights."""
 
 
 def route(router_logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,7 +44,9 @@ def route(router_logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.
 
     Scores are not renormalised; the lowest expert wins a tie.
     """
-    return route_reference(router_logits, top_k)
+    return (
+        route_triton(router_logits, top_k) if on_gpu(router_logits) else route_reference(router_logits, top_k)
+    )
 
 
 def moe_bf16(
@@ -40,7 +62,9 @@ def moe_bf16(
     ``w13`` [E, 2I, M] (gate rows first), ``w2`` [E, M, I]. ``expert_range`` = (first, count) names the experts
     held here; the others contribute zero.
     """
-    return moe_bf16_reference(x, expert_ids, scores, w13, w2, expert_range)
+    if not on_gpu(x):
+        return moe_bf16_reference(x, expert_ids, scores, w13, w2, expert_range)
+    return moe_bf16_triton(x, expert_ids, scores, w13, w2, expert_range)
 
 
 def moe_fp8(
@@ -60,9 +84,8 @@ def moe_fp8(
     ``w13_scale``, ``w2_scale`` f32 [E]; ``a13_scale``, ``a2_scale`` f32 of one element, the calibrated scales of
     the score-scaled input and of silu(gate)·up.
     """
-    return moe_fp8_reference(
-        x, expert_ids, scores, w13, w2, w13_scale, w2_scale, a13_scale, a2_scale, expert_range
-    )
+    op = moe_fp8_triton if on_gpu(x) else moe_fp8_reference
+    return op(x, expert_ids, scores, w13, w2, w13_scale, w2_scale, a13_scale, a2_scale, expert_range)
 
 
 def moe_nvfp4(
@@ -95,6 +118,69 @@ def moe_nvfp4(
         w2_global_scale,
         expert_range,
     )
+
+
+def moe_bf16_triton(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    scores: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    expert_range: tuple[int, int] | None = None,
+    tiles: tuple[Tile, Tile] | None = None,
+) -> torch.Tensor:
+    """``moe_bf16`` as three Triton launches; ``tiles`` overrides the table."""
+    experts = expert_range or (0, w13.shape[0])
+    up_tile, down_tile = tiles or choose_tiles(BF16_TILES, expert_ids.numel(), experts[1])
+    rows = gather_rows_triton(x, expert_ids, scores, experts, PLAIN)
+    hidden = gate_up_triton(rows, w13, None, None, x.dtype, up_tile)
+    out = _output_rows(x, expert_ids, expert_range)
+    down_triton(hidden, w2, None, out, down_tile)
+    return combine_choices(out, expert_ids.shape[1])
+
+
+def moe_fp8_triton(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    scores: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2_scale: torch.Tensor,
+    a13_scale: torch.Tensor,
+    a2_scale: torch.Tensor,
+    expert_range: tuple[int, int] | None = None,
+    tiles: tuple[Tile, Tile] | None = None,
+) -> torch.Tensor:
+    """``moe_fp8`` as three Triton launches; ``tiles`` overrides the table."""
+    experts = expert_range or (0, w13.shape[0])
+    up_tile, down_tile = tiles or choose_tiles(FP8_TILES, expert_ids.numel(), experts[1])
+    rows = gather_rows_triton(x, expert_ids, scores, experts, STATIC_FP8, a13_scale)
+    hidden = gate_up_triton(rows, w13, w13_scale, a2_scale, x.dtype, up_tile)
+    out = _output_rows(x, expert_ids, expert_range)
+    down_triton(hidden, w2, w2_scale, out, down_tile)
+    return combine_choices(out, expert_ids.shape[1])
+
+
+def choose_tiles(
+    table: tuple[tuple[int, Tile, Tile], ...], num_rows: int, num_experts: int
+) -> tuple[Tile, Tile]:
+    """The (gate-up, down) tiles for this many rows spread evenly over the experts."""
+    mean_rows = num_rows / num_experts
+    return next((up, down) for most_rows, up, down in table if mean_rows <= most_rows)
+
+
+def _output_rows(
+    x: torch.Tensor, expert_ids: torch.Tensor, expert_range: tuple[int, int] | None
+) -> torch.Tensor:
+    """One output row per (token, choice); zeros where a choice may belong to another rank."""
+    make = torch.empty if expert_range is None else torch.zeros
+    return make((expert_ids.numel(), x.shape[1]), dtype=x.dtype, device=x.device)
+
+
+def combine_choices(rows: torch.Tensor, top_k: int) -> torch.Tensor:
+    """[T · k, M] -> [T, M], summed over the choices in a fixed order."""
+    return rows if top_k == 1 else rows.view(-1, top_k, rows.shape[1]).sum(1)
 
 
 def route_reference(router_logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
