@@ -24,8 +24,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from outrider.errors import ConfigError, RequestError
 from outrider.text.tokenizer import special_pattern
 
-_FIRST_SENTINEL, _MAX_SENTINELS = 0xD800, 0x800
-_SENTINEL = re.compile("([\ud800-\udfff])")
+_FIRST_SENTINEL, _MAX_SENTINELS = 0xD800, 0x7FF
+_SENTINEL = re.compile("([\ud800-\udffe])")
+_END_OF_PREFILL = "\udfff"
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
 
 
@@ -35,7 +36,7 @@ class ChatTemplate:
     def __init__(
         self, source: str, special_tokens: Mapping[str, int], named_tokens: Mapping[str, str]
     ) -> None:
-        """Compile ``source``; ``special_tokens`` maps spellings to ids, ``named_tokens`` e.g. ``bos_token`` to a spelling."""
+        """Compile ``source``; ``special_tokens`` maps spellings to ids, ``named_tokens`` names to spellings."""
         self.source = source
         self._ids: list[int] = []
         self._sentinels: dict[str, str] = {}
@@ -60,10 +61,12 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> list[str | int]:
         """The prompt as plain text pieces and control token ids, in order.
 
+        With ``continue_final_message`` the prompt ends inside the last message, for the model to go on with.
         ``variables`` are the request's ``chat_template_kwargs``. Raises ``RequestError`` when the template refuses
         the messages or cannot render them.
         """
@@ -72,6 +75,11 @@ class ChatTemplate:
             raise RequestError(
                 f"chat_template_kwargs cannot set '{min(taken)}'; remove it.", param="chat_template_kwargs"
             )
+        if continue_final_message:
+            last = messages[-1]
+            if not isinstance(last.get("content"), str):
+                raise RequestError("continue_final_message needs a last message of text.", param="messages")
+            messages = [*messages[:-1], {**last, "content": last["content"] + _END_OF_PREFILL}]
         try:
             text = self._template.render(
                 **self._named_tokens,
@@ -89,6 +97,10 @@ class ChatTemplate:
             raise RequestError(
                 "The chat template cannot render these messages; check roles and content.", param="messages"
             ) from error
+        if continue_final_message:
+            text, mark, _ = text.rpartition(_END_OF_PREFILL)
+            if not mark:
+                raise RequestError("The chat template drops the last message.", param="messages")
         parts = _SENTINEL.split(text)
         return [
             self._ids[ord(part) - _FIRST_SENTINEL] if i % 2 else part for i, part in enumerate(parts) if part

@@ -1,0 +1,56 @@
+"""Errors as clients see them: one JSON shape, a fixed sentence for everything unexpected.
+
+Nothing of an unknown exception (text, class name, path, address) reaches the client; it goes to the log.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from outrider.errors import EngineError, OverloadedError, RequestError
+
+INTERNAL_ERROR = "The server failed on this request; its log says why."
+
+logger = logging.getLogger("outrider.server")
+
+
+class JSONResponse(Response):
+    """JSON encoded by msgspec; takes structs, dicts and lists."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """Bytes of ``content``; infinities and NaN become null."""
+        return msgspec.json.encode(content)
+
+
+def error_body(error: Exception) -> dict[str, Any]:
+    """``{"error": {message, type, param, code}}`` for any exception."""
+    status, kind, param, message = 500, EngineError.type, None, INTERNAL_ERROR
+    if isinstance(error, RequestError):
+        status, kind, param, message = error.status, error.type, error.param, error.message
+    elif isinstance(error, EngineError):
+        status, kind, message = error.status, error.type, str(error)
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+def error_response(error: Exception) -> Response:
+    """The HTTP answer for ``error``; overload says when to come back."""
+    body = error_body(error)
+    headers = {}
+    if isinstance(error, OverloadedError):
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    return JSONResponse(body, status_code=body["error"]["code"], headers=headers)
+
+
+async def handle_error(request: Request, error: Exception) -> Response:
+    """Exception handler of the application."""
+    if not isinstance(error, (RequestError, EngineError)):
+        logger.error("%s %s failed.", request.method, request.url.path, exc_info=error)
+    return error_response(error)

@@ -1,0 +1,112 @@
+"""Chat messages to a prompt: checks their shape, renders the template, encodes. Called by chat and tokenize.
+
+The template decides how a conversation looks; here only roles and content types are checked, so that what the
+template gets is what it expects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from outrider.errors import RequestError
+from outrider.server.context import THREAD_THRESHOLD_CHARS, ServerContext
+from outrider.server.generation import Prompt
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+_TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+
+
+class ChatFields(Protocol):
+    """The fields of a body that make the prompt."""
+
+    messages: Any
+    tools: list[dict[str, Any]] | None
+    add_generation_prompt: bool | None
+    continue_final_message: bool | None
+    chat_template_kwargs: dict[str, Any] | None
+    add_special_tokens: bool | None
+
+
+async def render_chat(
+    context: ServerContext, body: ChatFields, *, documents: Sequence[Mapping[str, Any]] | None = None
+) -> Prompt:
+    """The prompt of a conversation, in a thread when it is long."""
+    template = context.template
+    if template is None:
+        raise RequestError("This model has no chat template; give --chat-template or use /v1/completions.")
+    if getattr(body, "chat_template", None) is not None:
+        raise RequestError("chat_template is set by the server only; remove it.", param="chat_template")
+    continue_final = bool(body.continue_final_message)
+    add_prompt = not continue_final if body.add_generation_prompt is None else body.add_generation_prompt
+    if continue_final and add_prompt:
+        raise RequestError(
+            "continue_final_message and add_generation_prompt cannot both be true.",
+            param="continue_final_message",
+        )
+    as_parts = template.iterates_content
+    messages = [_message(message, i, as_parts) for i, message in enumerate(body.messages)]
+    variables = context.server_config.default_chat_template_kwargs | (body.chat_template_kwargs or {})
+
+    def render() -> list[int]:
+        segments = template.render(
+            messages,
+            tools=body.tools,
+            documents=documents,
+            add_generation_prompt=add_prompt,
+            continue_final_message=continue_final,
+            variables=variables,
+        )
+        prefix = context.tokenizer.encode("") if body.add_special_tokens else []
+        return prefix + context.tokenizer.encode_segments(segments)
+
+    num_chars = sum(_num_chars(message) for message in messages)
+    if num_chars > context.tokenizer.max_chars(context.max_model_len):
+        raise RequestError(
+            f"This model's maximum context length is {context.max_model_len} tokens and messages of "
+            f"{num_chars} characters cannot fit; shorten them.",
+            param="input_text",
+        )
+    if num_chars < THREAD_THRESHOLD_CHARS:
+        return Prompt(render())
+    return Prompt(await asyncio.to_thread(render))
+
+
+def _message(message: dict[str, Any], index: int, as_parts: bool) -> dict[str, Any]:
+    """A copy of ``message`` that a template can read: a known role, content as text or as a list of parts."""
+    role = message.get("role")
+    if role not in ROLES:
+        raise RequestError(
+            f"messages[{index}].role must be one of {', '.join(ROLES[:5])}.", param=f"messages[{index}].role"
+        )
+    result = dict(message)
+    if role == "developer":  # the newer name of the system role, unknown to templates
+        result["role"] = "system"
+    content = message.get("content")
+    if content is None:
+        if role != "assistant":
+            raise RequestError(f"messages[{index}].content is required.", param=f"messages[{index}].content")
+        result["content"] = ""
+    elif isinstance(content, list):
+        parts = [_part(part, f"messages[{index}].content[{i}]") for i, part in enumerate(content)]
+        result["content"] = parts if as_parts else "\n".join(part["text"] for part in parts)
+    elif not isinstance(content, str):
+        raise RequestError(
+            f"messages[{index}].content must be a text or a list of parts.",
+            param=f"messages[{index}].content",
+        )
+    return result
+
+
+def _part(part: Any, where: str) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
+    if kind in _TEXT_PARTS and isinstance(text, str):
+        return {"type": "text", "text": text}
+    raise RequestError(f"{where} must be a part of type 'text' with a text.", param=where)
+
+
+def _num_chars(message: Mapping[str, Any]) -> int:
+    content = message["content"]
+    return len(content) if isinstance(content, str) else sum(len(part.get("text", "")) for part in content)
