@@ -27,7 +27,6 @@ class Parallel:
     pp_size: int = 1
     expert_parallel: bool = False
     tp_group: ProcessGroup | None = None
-    world_group: ProcessGroup | None = None
 
     @property
     def is_first_stage(self) -> bool:
@@ -74,3 +73,16 @@ class Parallel:
         parts = [torch.empty_like(x) for _ in range(self.tp_size)]
         dist.all_gather(parts, x.contiguous(), group=self.tp_group)
         return torch.cat(parts, dim=-1)
+
+    def send_next(self, hidden: torch.Tensor) -> None:
+        """Hand hidden states ``[T, M]`` to the same tensor rank of the next pipeline stage."""
+        import torch.distributed as dist
+
+        dist.send(hidden.contiguous(), dst=(self.pp_rank + 1) * self.tp_size + self.tp_rank)
+
+    def receive_previous(self, out: torch.Tensor) -> torch.Tensor:
+        """Fill ``out`` with the hidden states of the previous pipeline stage."""
+        import torch.distributed as dist
+
+        dist.recv(out, src=(self.pp_rank - 1) * self.tp_size + self.tp_rank)
+        return out

@@ -140,7 +140,7 @@ def main(fd: int, parent_pid: int) -> int:
     sock = socket.socket(fileno=fd)
     config = _read_config(sock)
 
-    from outrider.cli.logs import setup_logging
+    from outrider.logs import setup_logging
     from outrider.runner.setup import build_engine
 
     setup_logging("EngineCore")

@@ -43,12 +43,17 @@ TOO_LARGE = (
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of a step. ``prefill_share_tokens``: prompt tokens in a step that also decodes."""
+    """Bounds of a step.
+
+    ``prefill_share_tokens``: prompt tokens in a step that also decodes. ``one_plan_per_sequence``: a sequence
+    waits for its commit before it is planned again (pipeline stages, where the next id is born on the last one).
+    """
 
     max_num_seqs: int
     max_num_batched_tokens: int
     prefill_share_tokens: int
     priority: bool = False
+    one_plan_per_sequence: bool = False
 
 
 @dataclass(slots=True)
@@ -212,6 +217,8 @@ class Scheduler:
     def _can_plan(self, seq: Sequence) -> bool:
         """Whether the next slice can be decided without the tokens that are still in flight."""
         if seq.is_exhausted or seq.remaining == 0:
+            return False
+        if self.limits.one_plan_per_sequence and seq.num_pending:
             return False
         if seq.grammar is not None and seq.num_pending:
             return False  # the mask of the next token depends on the unread one

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from outrider.models.registry import Model
+from outrider.models.decoder import Decoder
 from outrider.runner.batch import AttentionBatch, Batch
 from outrider.runner.kv_cache import KVCache
 
@@ -36,7 +36,7 @@ class DecodeGraphs:
     """Static input buffers for ``max_num_seqs`` rows and the graphs that read their beginnings."""
 
     def __init__(
-        self, model: Model, kv: KVCache, *, max_num_seqs: int, max_model_len: int, device: torch.device
+        self, model: Decoder, kv: KVCache, *, max_num_seqs: int, max_model_len: int, device: torch.device
     ) -> None:
         layout = kv.layout
         num_groups, self._width = len(layout.groups), -(-max_model_len // layout.block_size)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from outrider.kernels.sampling import top_logprobs
-from outrider.models.registry import Model
+from outrider.models.decoder import Decoder
+from outrider.parallel import Parallel
 from outrider.runner.batch import AttentionBatch, Batch
 from outrider.runner.graphs import DecodeGraphs
 from outrider.runner.images import ImageStore
@@ -68,13 +69,14 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: Model,
+        model: Decoder,
         kv: KVCache,
         *,
         num_rows: int,
         max_model_len: int,
         vocab_size: int,
         device: torch.device,
+        parallel: Parallel,
         graphs: DecodeGraphs | None = None,
         images: ImageStore | None = None,
     ) -> None:
@@ -85,19 +87,23 @@ class ModelRunner:
         self.table = RowTable(kv.layout, num_rows, max_model_len)
         self.sampler = Sampler(self.table, vocab_size, device)
         self._last_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self._parallel = parallel
         self._graphs = graphs
         self._images = images
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan, hidden: torch.Tensor | None = None) -> LaunchedStep:
-        """Queue the step on the device. ``hidden`` comes from the previous pipeline stage, if there is one."""
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Queue the step on the device; on an inner pipeline stage the result is empty."""
         self.table.apply(plan)
         for init in plan.new_rows:
             self.sampler.start_row(init)
             if self._images is not None:
                 self._images.start_row(init)
         arrays = self.table.arrays(plan.slices)
-        states = self._forward(plan, arrays, hidden)
+        states = self._forward(plan, arrays)
+        if not self._parallel.is_last_stage:
+            self._parallel.send_next(states)
+            return LaunchedStep(plan.step_id, None, [], None, {}, None)
         prompt_logprobs = self._prompt_logprobs(plan.slices, arrays, states)
         if not len(arrays.sample_rows):
             return self._launched(plan, arrays, None, prompt_logprobs)
@@ -106,11 +112,18 @@ class ModelRunner:
         self._last_ids[self._to_device(arrays.sample_rows)] = sampled.ids.clamp(min=0)
         return self._launched(plan, arrays, sampled, prompt_logprobs)
 
-    def _forward(self, plan: StepPlan, arrays: StepArrays, hidden: torch.Tensor | None) -> torch.Tensor:
+    def _forward(self, plan: StepPlan, arrays: StepArrays) -> torch.Tensor:
         batch = self._batch(plan, arrays)
+        if not self._parallel.is_first_stage:
+            hidden = torch.empty(
+                (len(batch.token_ids), self.model.config.hidden_size),
+                dtype=self.model.dtype,
+                device=self.device,
+            )
+            return self.model.forward(batch, self.kv, self._parallel.receive_previous(hidden))
         if self._graphs is not None and self._graphs.covers(batch):
             return self._graphs.replay(batch)
-        return self.model.forward(batch, self.kv, hidden)
+        return self.model.forward(batch, self.kv)
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)

@@ -18,7 +18,7 @@ from outrider.types import RowInit, SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Device tensors of one step: ``ids`` int64 ``[N]`` (-1: not finite), and log-probabilities if any row wants them."""
+    """Device tensors of one step: ``ids`` int64 ``[N]`` (-1: not finite), and log-probabilities if wanted."""
 
     ids: torch.Tensor
     logprobs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None

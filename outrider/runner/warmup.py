@@ -11,18 +11,18 @@ import torch
 
 from outrider.kv_layout import plan_layout
 from outrider.models.config import ModelConfig
-from outrider.models.registry import Model
+from outrider.models.decoder import Decoder
 from outrider.runner.batch import AttentionBatch, Batch
 from outrider.runner.kv_cache import KVCache
 from outrider.runner.model_runner import ModelRunner
 from outrider.types import RowInit, SamplingParams, SeqSlice, StepPlan
 
 if TYPE_CHECKING:
-    from outrider.runner.setup import Resolved
+    from outrider.runner.resolve import Resolved
 
 
 @torch.inference_mode()
-def measure_activations(model: Model, config: ModelConfig, resolved: Resolved) -> int:
+def measure_activations(model: Decoder, config: ModelConfig, resolved: Resolved) -> int:
     """Peak bytes of weights and activations in a full prefill step followed by a full sampling step."""
     layout = plan_layout(config.rope_layers, None, resolved.max_model_len, resolved.block_size)
     kv = KVCache(layout, 2, model.kv_heads_per_rank, config.head_dim, resolved.kv_dtype, resolved.device)

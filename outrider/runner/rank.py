@@ -1,0 +1,132 @@
+"""One rank's start: load its part of the model, say how much KV cache it has room for, then make its runner.
+
+Called by ``setup`` in the engine's process (one rank) and by ``worker`` (one process per rank). The two steps are
+apart because every rank must hold the same number of blocks, which is known only when all have loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from outrider.config import EngineConfig
+from outrider.kv_layout import KVLayout
+from outrider.models.config import ModelConfig
+from outrider.models.config_hf import check_quantization, load_model_config
+from outrider.models.decoder import Decoder
+from outrider.models.registry import load_model
+from outrider.parallel import Parallel
+from outrider.runner.graphs import DecodeGraphs
+from outrider.runner.images import ImageStore
+from outrider.runner.kv_cache import KVCache
+from outrider.runner.model_runner import ModelRunner
+from outrider.runner.resolve import Resolved, resolve
+from outrider.runner.warmup import measure_activations, warm_up
+
+GIB = 1 << 30
+CPU_KV_BYTES = 2 * GIB
+GRAPH_RESERVE_BYTES = GIB
+"""Kept free for CUDA graphs and the allocator's rounding."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRank:
+    """A rank with its weights in place and no KV cache yet."""
+
+    config: EngineConfig
+    model_config: ModelConfig
+    resolved: Resolved
+    parallel: Parallel
+    model: Decoder
+    kv_budget: int
+
+    def block_bytes(self, layout: KVLayout) -> int:
+        """Memory of one KV block on this rank."""
+        return KVCache.bytes_per_block(
+            layout,
+            self.model.kv_heads_per_rank,
+            self.model_config.head_dim,
+            self.resolved.kv_dtype.itemsize,
+        )
+
+
+def load_rank(config: EngineConfig, parallel: Parallel, progress: Callable[[int, int], None]) -> LoadedRank:
+    """Build the model, load this rank's weights and measure what is left."""
+    model_config = load_model_config(config.model)
+    check_quantization(config.quantization, model_config)
+    resolved = resolve(config, model_config)
+    if resolved.device.type == "cpu":
+        threads = len(os.sched_getaffinity(0)) // (parallel.tp_size * parallel.pp_size)
+        torch.set_num_threads(max(1, threads))
+    model = load_model(
+        model_config,
+        config.model,
+        parallel,
+        load_format=config.load_format,
+        dtype=resolved.dtype,
+        device=resolved.device,
+        kv_cache_dtype=resolved.kv_dtype,
+        language_model_only=config.language_model_only,
+        progress=progress,
+    )
+    return LoadedRank(
+        config, model_config, resolved, parallel, model, _kv_budget(config, model_config, resolved, model)
+    )
+
+
+def _kv_budget(config: EngineConfig, model_config: ModelConfig, resolved: Resolved, model: Decoder) -> int:
+    """Bytes for the KV cache of this rank."""
+    if config.kv_cache_memory_bytes is not None:
+        return config.kv_cache_memory_bytes
+    if resolved.device.type == "cpu":
+        return CPU_KV_BYTES
+    peak = measure_activations(model, model_config, resolved)
+    total = torch.cuda.get_device_properties(resolved.device).total_memory
+    return int(total * config.gpu_memory_utilization) - peak - GRAPH_RESERVE_BYTES
+
+
+def start_rank(rank: LoadedRank, layout: KVLayout, num_blocks: int, max_model_len: int) -> ModelRunner:
+    """Allocate the KV cache, make the runner, compile every kernel and capture the usual graphs."""
+    resolved, model = rank.resolved, rank.model
+    kv = KVCache(
+        layout,
+        num_blocks,
+        model.kv_heads_per_rank,
+        rank.model_config.head_dim,
+        resolved.kv_dtype,
+        resolved.device,
+    )
+    graphs = None
+    one_rank = rank.parallel.tp_size * rank.parallel.pp_size == 1
+    if resolved.device.type == "cuda" and not rank.config.enforce_eager and one_rank:
+        graphs = DecodeGraphs(
+            model,
+            kv,
+            max_num_seqs=resolved.max_num_seqs,
+            max_model_len=max_model_len,
+            device=resolved.device,
+        )
+    runner = ModelRunner(
+        model,
+        kv,
+        num_rows=resolved.max_num_seqs,
+        max_model_len=max_model_len,
+        vocab_size=rank.model_config.vocab_size,
+        device=resolved.device,
+        parallel=rank.parallel,
+        graphs=graphs,
+        images=_image_store(model, resolved.device),
+    )
+    # A CPU compiles nothing: a few tokens touch every path.
+    warm_up(runner, resolved.max_num_batched_tokens if resolved.device.type == "cuda" else 8)
+    if graphs is not None:
+        graphs.capture_start_sizes()
+    return runner
+
+
+def _image_store(model: Decoder, device: torch.device) -> ImageStore | None:
+    encode = getattr(model, "encode_images", None)
+    return None if encode is None else ImageStore(encode, device)

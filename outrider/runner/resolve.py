@@ -1,0 +1,82 @@
+"""Every 'auto' of the config decided for this machine and this model. Called by ``rank``; loads nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from outrider.config import EngineConfig
+from outrider.errors import ConfigError
+from outrider.models.config import ModelConfig
+
+DTYPES = {
+    "half": torch.float16,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float": torch.float32,
+    "float32": torch.float32,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """An ``EngineConfig`` with every 'auto' decided for this machine and model."""
+
+    device: torch.device
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    prefill_share_tokens: int
+
+
+def resolve(config: EngineConfig, model: ModelConfig) -> Resolved:
+    """Decide what was left to us; ``ConfigError`` where a wish cannot be met."""
+    has_cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not has_cuda:
+        raise ConfigError("--device cuda was asked for, but torch sees no CUDA device; use --device cpu.")
+    device = torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
+    on_gpu = device.type == "cuda"
+    dtype = _dtype(config, model, on_gpu)
+    max_model_len = config.max_model_len or model.max_position_embeddings
+    if max_model_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"--max-model-len {max_model_len} is more than the model's {model.max_position_embeddings} positions."
+        )
+    max_num_seqs = config.max_num_seqs or (512 if on_gpu else 64)
+    budget = config.max_num_batched_tokens or (8192 if on_gpu else 512)
+    if budget < max_num_seqs:
+        raise ConfigError(
+            f"--max-num-batched-tokens {budget} must be at least --max-num-seqs {max_num_seqs}, "
+            "so that every running sequence can advance in a step."
+        )
+    return Resolved(
+        device=device,
+        dtype=dtype,
+        kv_dtype=_kv_dtype(config, model, dtype),
+        block_size=config.block_size or (64 if on_gpu else 16),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        max_model_len=max_model_len,
+        prefill_share_tokens=min(budget, 512 if on_gpu else 128),
+    )
+
+
+def _dtype(config: EngineConfig, model: ModelConfig, on_gpu: bool) -> torch.dtype:
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    # On a CPU float32 is both exact to the reference and, without AMX, faster than bfloat16 (docs/log.md).
+    return DTYPES[model.dtype] if on_gpu else torch.float32
+
+
+def _kv_dtype(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> torch.dtype:
+    wish = config.kv_cache_dtype
+    if wish in ("fp8", "fp8_e4m3"):
+        return torch.float8_e4m3fn
+    if wish == "auto":
+        stored_fp8 = model.quant is not None and (model.quant.kv_cache_algo or "").upper() == "FP8"
+        return torch.float8_e4m3fn if stored_fp8 else dtype
+    return DTYPES[wish]
