@@ -10,6 +10,17 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
+
+from outrider.kernels._dispatch import ceil_div, on_gpu, power_of_two_at_least
+
+BEST_TILE = 4096
+"""Logits of one program of the pass that finds the maxima."""
+DRAW_TILE = 8192
+"""Logits that a stochastic row's program holds at a time."""
+LOWEST: tl.constexpr = tl.constexpr(80.0)
+"""Log-weights below minus this (1e-35 of the best token's probability) are never drawn."""
 
 
 class SamplingRows(NamedTuple):
@@ -35,7 +46,7 @@ def sample(logits: torch.Tensor, rows: SamplingRows, all_greedy: bool = False) -
     stay) and min_p (at least min_p times the highest probability), by inverting the cumulative distribution in
     id order at ``uniform``. ``all_greedy`` is a promise of the host that skips the rest.
     """
-    if logits.is_cuda:
+    if on_gpu(logits):
         return sample_triton(logits, rows, all_greedy)
     return sample_reference(logits, rows, all_greedy)
 
@@ -86,3 +97,184 @@ def top_logprobs(logits: torch.Tensor, ids: torch.Tensor, k: int) -> TopLogprobs
     rank = (logits > chosen).sum(dim=-1) + 1
     top = torch.topk(logits, k, dim=-1)
     return TopLogprobs((chosen.float() - norm)[:, 0], rank, top.indices, top.values.float() - norm)
+
+
+@triton.jit
+def _row_best_kernel(logits_ptr, best_ptr, id_ptr, stride, vocab, TILE: tl.constexpr):
+    """Highest logit and its lowest id of one tile of one row; NaN when the tile has one."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    cols = part * TILE + tl.arange(0, TILE)
+    x = tl.load(logits_ptr + row * stride + cols, mask=cols < vocab, other=float("-inf")).to(tl.float32)
+    has_nan = tl.max((x != x).to(tl.int32), 0) > 0
+    best = tl.max(x, 0)
+    place = tl.min(tl.where(x == best, cols, vocab), 0)
+    out = row * tl.num_programs(1) + part
+    tl.store(best_ptr + out, tl.where(has_nan, float("nan"), best))
+    tl.store(id_ptr + out, place)
+
+
+@triton.jit
+def _scaled_tile(logits_ptr, tile, vocab, best, inv_temperature, TILE: tl.constexpr):
+    """``(logit - best) / temperature`` of one tile: log-weights at most 0."""
+    cols = tile * TILE + tl.arange(0, TILE)
+    x = tl.load(logits_ptr + cols, mask=cols < vocab, other=float("-inf")).to(tl.float32)
+    return (x - best) * inv_temperature
+
+
+@triton.jit
+def _above(logits_ptr, threshold, vocab, best, inv_temperature, TILE: tl.constexpr):
+    """How many tokens have a log-weight of at least ``threshold``, and their mass."""
+    count = tl.zeros([TILE], tl.int32)
+    mass = tl.zeros([TILE], tl.float32)
+    for tile in tl.range(0, tl.cdiv(vocab, TILE)):
+        y = _scaled_tile(logits_ptr, tile, vocab, best, inv_temperature, TILE)
+        kept = y >= threshold
+        count += kept.to(tl.int32)
+        mass += tl.where(kept, tl.exp(y), 0.0)
+    return tl.sum(count, 0), tl.sum(mass, 0)
+
+
+@triton.jit
+def _bisect(logits_ptr, low, wanted_count, wanted_mass, vocab, best, inv_temperature, TILE: tl.constexpr):
+    """The highest threshold that still keeps ``wanted_count`` tokens and ``wanted_mass``; ``low`` keeps both.
+
+    It stops when at most one token lies between the two ends, or when no float does (equal logits).
+    """
+    high = 0.0
+    low_count, low_mass = _above(logits_ptr, low, vocab, best, inv_temperature, TILE)
+    high_count, high_mass = _above(logits_ptr, high, vocab, best, inv_temperature, TILE)
+    if (high_count >= wanted_count) & (high_mass >= wanted_mass):
+        low = high
+        low_mass = high_mass
+        low_count = high_count
+    middle = 0.5 * (low + high)
+    while (low_count - high_count > 1) & (middle > low) & (middle < high):
+        count, mass = _above(logits_ptr, middle, vocab, best, inv_temperature, TILE)
+        if (count >= wanted_count) & (mass >= wanted_mass):
+            low = middle
+            low_count = count
+            low_mass = mass
+        else:
+            high = middle
+            high_count = count
+        middle = 0.5 * (low + high)
+    return low, low_mass
+
+
+@triton.jit
+def _draw_id(logits_ptr, threshold, target, vocab, best, inv_temperature, TILE: tl.constexpr):
+    """The first kept id whose cumulative mass exceeds ``target``; the last kept id if rounding leaves none."""
+    passed = 0.0
+    chosen = -1
+    last = 0
+    for tile in tl.range(0, tl.cdiv(vocab, TILE)):
+        y = _scaled_tile(logits_ptr, tile, vocab, best, inv_temperature, TILE)
+        cols = tile * TILE + tl.arange(0, TILE)
+        weight = tl.where(y >= threshold, tl.exp(y), 0.0)
+        mass = tl.sum(weight, 0)
+        last = tl.maximum(last, tl.max(tl.where(weight > 0, cols, 0), 0))
+        if (chosen < 0) & (passed + mass > target):
+            over = (passed + tl.cumsum(weight, 0) > target) & (weight > 0)
+            first = tl.min(tl.where(over, cols, vocab), 0)
+            if first < vocab:
+                chosen = first
+        passed += mass
+    return tl.where(chosen < 0, last, chosen)
+
+
+@triton.jit
+def _choose_kernel(
+    logits_ptr,
+    best_ptr,
+    best_id_ptr,
+    temperature_ptr,
+    top_p_ptr,
+    top_k_ptr,
+    min_p_ptr,
+    uniform_ptr,
+    out_ptr,
+    stride,
+    vocab,
+    num_parts,
+    GREEDY: tl.constexpr,
+    PARTS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One program finishes one row."""
+    row = tl.program_id(0).to(tl.int64)
+    parts = tl.arange(0, PARTS)
+    maxima = tl.load(best_ptr + row * num_parts + parts, mask=parts < num_parts, other=float("-inf"))
+    ids = tl.load(best_id_ptr + row * num_parts + parts, mask=parts < num_parts, other=vocab)
+    has_nan = tl.max((maxima != maxima).to(tl.int32), 0) > 0
+    best = tl.max(maxima, 0)
+    chosen = tl.min(tl.where(maxima == best, ids, vocab), 0)
+    broken = has_nan | (tl.abs(best) == float("inf"))
+    if not GREEDY:
+        temperature = tl.load(temperature_ptr + row)
+        top_k = tl.load(top_k_ptr + row)
+        if (temperature > 0) & (top_k != 1) & (broken == 0):
+            inv = 1.0 / temperature
+            top_p = tl.load(top_p_ptr + row)
+            logits_ptr += row * stride
+            threshold = -LOWEST
+            _, mass = _above(logits_ptr, threshold, vocab, best, inv, TILE)
+            if (top_k > 0) & (top_k < vocab):
+                threshold, mass = _bisect(logits_ptr, threshold, top_k, 0.0, vocab, best, inv, TILE)
+            if top_p < 1.0:
+                threshold, mass = _bisect(logits_ptr, threshold, 0, top_p * mass, vocab, best, inv, TILE)
+            floor = tl.log(tl.load(min_p_ptr + row))
+            if floor > threshold:
+                threshold = tl.minimum(floor, 0.0)
+                _, mass = _above(logits_ptr, threshold, vocab, best, inv, TILE)
+            target = tl.load(uniform_ptr + row) * mass
+            chosen = _draw_id(logits_ptr, threshold, target, vocab, best, inv, TILE)
+    tl.store(out_ptr + row, tl.where(broken, -1, chosen).to(tl.int64))
+
+
+def sample_triton(logits: torch.Tensor, rows: SamplingRows, all_greedy: bool = False) -> torch.Tensor:
+    """Find every row's maximum over many programs, then finish each row in one; see ``sample``."""
+    num_rows, vocab = logits.shape
+    out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    if num_rows == 0:
+        return out
+    num_parts = ceil_div(vocab, BEST_TILE)
+    best = torch.empty((num_rows, num_parts), dtype=torch.float32, device=logits.device)
+    best_id = torch.empty((num_rows, num_parts), dtype=torch.int32, device=logits.device)
+    _row_best_kernel[(num_rows, num_parts)](
+        logits, best, best_id, logits.stride(0), vocab, TILE=BEST_TILE, num_warps=4
+    )
+    _choose_kernel[(num_rows,)](
+        logits,
+        best,
+        best_id,
+        *rows,
+        out,
+        logits.stride(0),
+        vocab,
+        num_parts,
+        GREEDY=all_greedy,
+        PARTS=power_of_two_at_least(num_parts, 2),
+        TILE=DRAW_TILE,
+        num_warps=1 if all_greedy else 16,
+    )
+    return out
+
+
+_POINTERS = {
+    "logits_ptr": "*bf16",
+    "best_ptr": "*fp32",
+    "best_id_ptr": "*i32",
+    "temperature_ptr": "*fp32",
+    "top_p_ptr": "*fp32",
+    "top_k_ptr": "*i32",
+    "min_p_ptr": "*fp32",
+    "uniform_ptr": "*fp32",
+    "out_ptr": "*i64",
+}
+_SIZES = {"stride": "i32", "vocab": "i32", "num_parts": "i32"}
+_BEST = {"logits_ptr": "*bf16", "best_ptr": "*fp32", "id_ptr": "*i32", "stride": "i32", "vocab": "i32"}
+AOT_SPECS = [
+    (_row_best_kernel, _BEST, {"TILE": BEST_TILE}),
+    (_choose_kernel, {**_POINTERS, **_SIZES}, {"GREEDY": True, "PARTS": 64, "TILE": DRAW_TILE}),
+    (_choose_kernel, {**_POINTERS, **_SIZES}, {"GREEDY": False, "PARTS": 64, "TILE": DRAW_TILE}),
+]
