@@ -25,7 +25,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """Where a tensor lies: ``shape`` has the input dimension last (torch order), ``offset`` is in the file."""
+    """Where a tensor lies: ``shape`` in torch order (input dimension last), ``offset`` from the file start."""
 
     shape: tuple[int, ...]
     type_id: int

@@ -1,0 +1,139 @@
+"""The decoder that every served architecture is: embed, layers, norm, head. Subclassed by ``llama`` and ``llama4``.
+
+Called by the runner: ``forward`` once a step on every pipeline stage, ``logits`` on the last. Holds no state
+between steps; keys and values live in the ``KVCache`` passed in. Legend: T tokens, M model dim, N rows, V vocab.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from outrider.kernels.norm import Normed
+from outrider.models.config import ModelConfig
+from outrider.models.layers import Attention, Embedding, Head, RMSNorm, rope_frequencies, shard_kv_heads
+from outrider.quant.base import WeightBuilder
+
+if TYPE_CHECKING:
+    from outrider.runner.batch import Batch
+    from outrider.runner.kv_cache import KVCache
+
+
+class FeedForward(Protocol):
+    """The second half of a layer: a gated MLP or a mixture of experts."""
+
+    @property
+    def input_scale(self) -> torch.Tensor | None:
+        """The FP8 scale that the norm before should apply."""
+
+    def __call__(self, x: Normed) -> torch.Tensor:
+        """``[T, M]``: this rank's share of the output."""
+
+
+class DecoderLayer:
+    """Attention and feed-forward, each behind a norm; the residual runs beside them."""
+
+    def __init__(
+        self,
+        builder: WeightBuilder,
+        config: ModelConfig,
+        layer_id: int,
+        attention: Attention,
+        feed_forward: FeedForward,
+    ) -> None:
+        name, size, eps = f"layers.{layer_id}", config.hidden_size, config.rms_norm_eps
+        self.parallel = builder.parallel
+        self.input_norm = RMSNorm(builder, f"{name}.input_layernorm", size, eps)
+        self.post_norm = RMSNorm(builder, f"{name}.post_attention_layernorm", size, eps)
+        self.attention = attention
+        self.feed_forward = feed_forward
+
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor | None, batch: Batch, kv: KVCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(x, residual)`` whose sum is the hidden state; ``residual`` None means that ``x`` alone is it."""
+        normed = self.input_norm(x, residual, self.attention.qkv.input_scale)
+        residual = x if residual is None else residual
+        x = self.attention(normed, batch, kv)
+        x = self.feed_forward(self.post_norm(x, residual, self.feed_forward.input_scale))
+        return self.parallel.all_reduce(x), residual
+
+
+class Decoder(ABC):
+    """One rank's part of a model. Attributes are set once; weights arrive through ``builder.slots``."""
+
+    def __init__(self, config: ModelConfig, builder: WeightBuilder, kv_cache_dtype: torch.dtype) -> None:
+        self.config = config
+        self.builder = builder
+        self.parallel = parallel = builder.parallel
+        self.dtype, self.device = builder.dtype, builder.device
+        self.layer_ids = parallel.layer_range(config.num_layers)
+        self.kv_heads_per_rank = shard_kv_heads(parallel, config.num_kv_heads)[1]
+        inv_freq = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, builder.device)
+        self.embed: Embedding | None = None
+        if parallel.is_first_stage or (parallel.is_last_stage and config.tie_word_embeddings):
+            self.embed = Embedding(builder, "embed_tokens", config.vocab_size, config.hidden_size)
+        self.layers = [
+            DecoderLayer(
+                builder,
+                config,
+                i,
+                Attention(builder, config, i, inv_freq, kv_cache_dtype),
+                self.build_feed_forward(builder, i),
+            )
+            for i in self.layer_ids
+        ]
+        self.norm: RMSNorm | None = None
+        self.head: Head | None = None
+        if parallel.is_last_stage:
+            self.norm = RMSNorm(builder, "norm", config.hidden_size, config.rms_norm_eps)
+            tied = self.embed if config.tie_word_embeddings else None
+            self.head = Head(builder, config.vocab_size, config.hidden_size, tied)
+
+    @abstractmethod
+    def build_feed_forward(self, builder: WeightBuilder, layer_id: int) -> FeedForward:
+        """The feed-forward part of layer ``layer_id``."""
+
+    def is_unused(self, name: str) -> bool:
+        """Whether this rank may leave the checkpoint tensor ``name`` unread: another stage's, or derived."""
+        parts = name.split(".")
+        if parts[0] == "layers" and parts[1].isdigit() and int(parts[1]) not in self.layer_ids:
+            return int(parts[1]) < self.config.num_layers
+        if name == "lm_head.weight":
+            return self.config.tie_word_embeddings or not self.parallel.is_last_stage
+        if name == "embed_tokens.weight":
+            return self.embed is None
+        if name == "norm.weight":
+            return not self.parallel.is_last_stage
+        return name.endswith("rotary_emb.inv_freq")
+
+    def weight_bytes(self) -> int:
+        """Bytes of this rank's weights as allocated."""
+        return self.builder.num_bytes
+
+    def embed_batch(self, batch: Batch) -> torch.Tensor:
+        """``[T, M]`` embeddings of the step's tokens."""
+        assert self.embed is not None
+        return self.embed(batch.token_ids)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, kv: KVCache, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """``[T, M]``: normed hidden states on the last stage, before it the hidden states for the next one.
+
+        ``hidden`` is what the stage before returned; None on the first stage.
+        """
+        x = self.embed_batch(batch) if hidden is None else hidden
+        residual: torch.Tensor | None = None
+        for layer in self.layers:
+            x, residual = layer(x, residual, batch, kv)
+        if self.norm is not None:
+            return self.norm(x, residual).y
+        return x if residual is None else residual.add_(x)
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[N, V]`` in the model dtype from rows ``[N, M]`` of the last stage's ``forward``."""
+        assert self.head is not None
+        return self.head(hidden)

@@ -1,0 +1,226 @@
+"""The layers of a decoder: norm, attention, gated MLP, embedding, head. Called by ``decoder`` and ``moe``.
+
+Each is complete at construction: it takes its memory from the ``WeightBuilder`` and holds its rank's share.
+Legend: T tokens, M model dim, H query heads, K kv heads (both of this rank), D head dim, I intermediate, V vocab.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from outrider.errors import ConfigError
+from outrider.kernels.activation import silu_mul
+from outrider.kernels.attention import paged_attention
+from outrider.kernels.gemm import linear
+from outrider.kernels.norm import Normed, rms_norm
+from outrider.kernels.rope import RopeSpec, qkv_rope_store
+from outrider.models.config import ModelConfig, RopeScaling
+from outrider.parallel import Parallel
+from outrider.quant.base import WeightBuilder
+from outrider.quant.linear import Columns, Linear, Part, build_linear
+
+if TYPE_CHECKING:
+    from outrider.runner.batch import Batch
+    from outrider.runner.kv_cache import KVCache
+
+
+def operand(x: Normed) -> torch.Tensor:
+    """What a GEMM reads: the FP8 form where the norm made one."""
+    return x.y if x.y_fp8 is None else x.y_fp8
+
+
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device
+) -> torch.Tensor:
+    """f32 ``[D/2]`` radians per position, with llama3 scaling: long wavelengths are divided by ``factor``."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    freqs = 1.0 / theta**exponents
+    if scaling is None:
+        return freqs
+    wavelengths = 2 * math.pi / freqs
+    old = scaling.original_max_position_embeddings
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    scaled = torch.where(wavelengths > old / low, freqs / scaling.factor, freqs)
+    if high > low:  # Scout has high == low: no wavelength lies between the bounds
+        smooth = (old / wavelengths - low) / (high - low)
+        blend = (1 - smooth) * freqs / scaling.factor + smooth * freqs
+        scaled = torch.where((wavelengths <= old / low) & (wavelengths >= old / high), blend, scaled)
+    return scaled
+
+
+class RMSNorm:
+    """``x / rms(x) * weight``, optionally after adding to the residual and with an FP8 copy for the next GEMM."""
+
+    def __init__(self, builder: WeightBuilder, name: str, size: int, eps: float) -> None:
+        self.weight = builder.param(f"{name}.weight", size)
+        self.eps = eps
+
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, fp8_scale: torch.Tensor | None = None
+    ) -> Normed:
+        """``x[T, M]``; with ``residual`` (updated in place) the norm of their sum."""
+        return rms_norm(x, self.weight, self.eps, residual, fp8_scale)
+
+
+class GatedMLP:
+    """``down(silu(gate(x)) * up(x))``. The sum over the tensor group is left to the caller."""
+
+    def __init__(self, builder: WeightBuilder, name: str, hidden_size: int, inter_size: int) -> None:
+        start, length = builder.parallel.shard(inter_size, "intermediate_size")
+        parts = tuple(Part(f"{name}.{p}_proj", inter_size, start, length) for p in ("gate", "up"))
+        self.gate_up = build_linear(builder, parts, Columns(hidden_size, 0, hidden_size))
+        down = (Part(f"{name}.down_proj", hidden_size, 0, hidden_size),)
+        self.down = build_linear(builder, down, Columns(inter_size, start, length))
+
+    @property
+    def input_scale(self) -> torch.Tensor | None:
+        """The FP8 scale that the norm before should apply."""
+        return self.gate_up.input_scale
+
+    def __call__(self, x: Normed) -> torch.Tensor:
+        """``[T, M]``: this rank's share of the output."""
+        return self.down(silu_mul(self.gate_up(operand(x)), self.down.input_scale))
+
+
+class Attention:
+    """Grouped-query attention over the paged KV cache, with rope or (Llama 4) with temperature tuning."""
+
+    def __init__(
+        self,
+        builder: WeightBuilder,
+        config: ModelConfig,
+        layer_id: int,
+        inv_freq: torch.Tensor,
+        kv_cache_dtype: torch.dtype,
+    ) -> None:
+        name = f"layers.{layer_id}.self_attn"
+        self.parallel = builder.parallel
+        self.layer_id = layer_id
+        self.sm_scale = config.head_dim**-0.5
+        self.qkv, self.o, num_heads, num_kv_heads = _projections(builder, config, name)
+        has_rope = config.rope_layers[layer_id]
+        self.chunk_size = config.attention_chunk_size if has_rope else None
+        temperature = (config.floor_scale, config.attn_scale)
+        self.rope = RopeSpec(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=config.head_dim,
+            inv_freq=inv_freq if has_rope else None,
+            interleaved=config.interleaved_rope,
+            qk_norm_eps=config.rms_norm_eps if has_rope and config.use_qk_norm else None,
+            temperature=temperature if config.attn_temperature_tuning and not has_rope else None,
+        )
+        self.k_scale, self.v_scale = 1.0, 1.0
+        self._add_kv_scales(builder, name, used=kv_cache_dtype == torch.float8_e4m3fn)
+
+    def _add_kv_scales(self, builder: WeightBuilder, name: str, used: bool) -> None:
+        """Read the FP8 cache's scales, 1 where the checkpoint has none; a wider cache does not use them."""
+        scales = torch.ones(2, dtype=torch.float32)
+        for i, scale_name in enumerate((f"{name}.k_proj.k_scale", f"{name}.v_proj.v_scale")):
+            if builder.source.dtype_of(scale_name) is not None:
+                builder.add_slot(scale_name, (), scales[i])
+
+        def finish() -> None:
+            if used:
+                self.k_scale, self.v_scale = scales.tolist()
+
+        builder.after_load.append(finish)
+
+    def __call__(self, x: Normed, batch: Batch, kv: KVCache) -> torch.Tensor:
+        """``[T, M]`` summed over the tensor group; stores this step's k and v."""
+        shape = batch.attention
+        group = kv.group_of(self.layer_id)
+        k_cache, v_cache = kv.layer(self.layer_id)
+        q = qkv_rope_store(
+            self.qkv(operand(x)),
+            batch.positions,
+            self.rope,
+            k_cache,
+            v_cache,
+            shape.slots[group],
+            self.k_scale,
+            self.v_scale,
+        )
+        out = paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            shape.block_tables[group],
+            shape.query_start,
+            shape.seq_lens,
+            shape.num_decodes,
+            shape.max_query_len,
+            shape.max_seq_len,
+            self.sm_scale,
+            self.chunk_size,
+            self.k_scale,
+            self.v_scale,
+        )
+        return self.parallel.all_reduce(self.o(out))
+
+
+def _projections(builder: WeightBuilder, config: ModelConfig, name: str) -> tuple[Linear, Linear, int, int]:
+    """The fused q/k/v and the o projection, with this rank's numbers of query and kv heads."""
+    parallel, head_dim, hidden = builder.parallel, config.head_dim, config.hidden_size
+    first, num_heads = parallel.shard(config.num_heads, "num_attention_heads")
+    kv_first, num_kv_heads = shard_kv_heads(parallel, config.num_kv_heads)
+
+    def part(letter: str, total: int, start: int, count: int) -> Part:
+        return Part(f"{name}.{letter}_proj", total * head_dim, start * head_dim, count * head_dim)
+
+    q = part("q", config.num_heads, first, num_heads)
+    k, v = (part(letter, config.num_kv_heads, kv_first, num_kv_heads) for letter in "kv")
+    qkv = build_linear(builder, (q, k, v), Columns(hidden, 0, hidden), config.attention_bias)
+    cols = Columns(q.rows, q.start, q.length)
+    o = build_linear(builder, (Part(f"{name}.o_proj", hidden, 0, hidden),), cols, config.attention_bias)
+    return qkv, o, num_heads, num_kv_heads
+
+
+def shard_kv_heads(parallel: Parallel, num_kv_heads: int) -> tuple[int, int]:
+    """``(first, count)`` of this rank's kv heads; with more ranks than heads, each head is on several ranks."""
+    if parallel.tp_size <= num_kv_heads:
+        return parallel.shard(num_kv_heads, "num_key_value_heads")
+    if parallel.tp_size % num_kv_heads:
+        raise ConfigError(
+            f"--tensor-parallel-size {parallel.tp_size} must be a multiple of num_key_value_heads ({num_kv_heads})."
+        )
+    return parallel.tp_rank * num_kv_heads // parallel.tp_size, 1
+
+
+class Embedding:
+    """Token embeddings, split by rows of the vocabulary."""
+
+    def __init__(self, builder: WeightBuilder, name: str, vocab_size: int, hidden_size: int) -> None:
+        self.parallel = builder.parallel
+        self.start, self.length = builder.parallel.shard(vocab_size, "vocab_size")
+        self.weight = builder.empty(self.length, hidden_size)
+        rows = slice(self.start, self.start + self.length)
+        builder.add_slot(f"{name}.weight", (vocab_size, hidden_size), self.weight, (rows, slice(None)))
+
+    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """``[T]`` ids to ``[T, M]``."""
+        if self.parallel.tp_size == 1:
+            return F.embedding(token_ids, self.weight)
+        local = token_ids - self.start
+        elsewhere = (local < 0) | (local >= self.length)
+        rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return self.parallel.all_reduce(rows.masked_fill_(elsewhere[:, None], 0))
+
+
+class Head:
+    """Logits over the vocabulary from its own matrix or, tied, from the embedding's."""
+
+    def __init__(
+        self, builder: WeightBuilder, vocab_size: int, hidden_size: int, tied: Embedding | None = None
+    ) -> None:
+        self.parallel = builder.parallel
+        source = tied or Embedding(builder, "lm_head", vocab_size, hidden_size)
+        self.weight = source.weight
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[N, M]`` to ``[N, V]``, gathered over the tensor group."""
+        return self.parallel.all_gather_last(linear(hidden, self.weight))

@@ -1,0 +1,45 @@
+"""Llama 4's mixture of experts: router, routed experts, shared expert. Called by ``llama4``.
+
+The sigmoid of the router's logit scales the *input* of the chosen expert (inside the kernel); the shared
+expert sees the input unscaled. Expert parallelism splits the routed experts over the tensor group; the
+shared expert is always split by column.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from outrider.kernels.gemm import linear
+from outrider.kernels.moe import route
+from outrider.kernels.norm import Normed
+from outrider.models.config import ModelConfig
+from outrider.models.layers import GatedMLP
+from outrider.quant.base import WeightBuilder
+from outrider.quant.experts import ExpertShape, build_experts
+
+
+class MoE:
+    """``shared(x) + sum over the chosen experts of expert(score * x)``; the caller sums over the tensor group."""
+
+    def __init__(self, builder: WeightBuilder, name: str, config: ModelConfig) -> None:
+        parallel = builder.parallel
+        hidden, inter = config.hidden_size, config.intermediate_size
+        self.top_k = config.num_experts_per_tok
+        self.router = builder.param(f"{name}.router.weight", config.num_experts, hidden)
+        if parallel.expert_parallel:
+            experts, columns = parallel.shard(config.num_experts, "num_local_experts"), (0, inter)
+        else:
+            experts, columns = (0, config.num_experts), parallel.shard(inter, "intermediate_size")
+        shape = ExpertShape(config.num_experts, experts, hidden, inter, columns)
+        self.experts = build_experts(builder, f"{name}.experts", shape)
+        self.shared = GatedMLP(builder, f"{name}.shared_expert", hidden, inter)
+
+    @property
+    def input_scale(self) -> torch.Tensor | None:
+        """The FP8 scale that the norm before should apply (the shared expert's)."""
+        return self.shared.input_scale
+
+    def __call__(self, x: Normed) -> torch.Tensor:
+        """``[T, M]``: this rank's share of the output."""
+        expert_ids, scores = route(linear(x.y, self.router), self.top_k)
+        return self.shared(x).add_(self.experts(x.y, expert_ids, scores))

@@ -1,0 +1,182 @@
+"""Linear layers in each weight format. Built by ``models.layers``; they call kernels and nothing above.
+
+A layer may stack several checkpoint matrices (q, k, v; gate, up) into one GEMM; each keeps its own scale.
+Legend: T tokens, K in features, N out features, both of this rank; P stacked parts.
+Sources: the tensors that ModelOpt exports for FP8 (static per-tensor W8A8) and for NVFP4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from outrider.kernels.gemm import fp8_linear, linear
+from outrider.kernels.nvfp4 import BLOCK_SIZE, nvfp4_linear
+from outrider.kernels.quantize import quantize_fp8
+from outrider.quant.base import Format, WeightBuilder
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One stacked checkpoint matrix: module ``name`` of ``rows``; this rank holds ``length`` from ``start``."""
+
+    name: str
+    rows: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The in features: ``total`` in the checkpoint, of which this rank holds ``length`` from ``start``."""
+
+    total: int
+    start: int
+    length: int
+
+
+class Linear(Protocol):
+    """``y[T, N] = x[T, K] @ weight[N, K].T``.
+
+    ``x`` has the model dtype or, when ``input_scale`` (f32, one element) is not None, may already be
+    ``e4m3(x / input_scale)``, as fused norms and activations write it.
+    """
+
+    input_scale: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The product in the model dtype."""
+
+
+def build_linear(
+    builder: WeightBuilder, parts: tuple[Part, ...], cols: Columns, bias: bool = False
+) -> Linear:
+    """The linear layer for the format that the checkpoint stores these parts in."""
+    fmt = builder.format_of(*(f"{part.name}.weight" for part in parts))
+    return _LAYERS[fmt](builder, parts, cols, bias)
+
+
+class PlainLinear:
+    """Weights in the model dtype."""
+
+    input_scale: torch.Tensor | None = None
+
+    def __init__(self, builder: WeightBuilder, parts: tuple[Part, ...], cols: Columns, bias: bool) -> None:
+        self.weight = builder.empty(_num_rows(parts), cols.length)
+        self.bias = _add_bias(builder, parts, cols) if bias else None
+        _add_matrix(builder, "weight", parts, self.weight, cols, pack=1)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """See ``Linear``."""
+        y = linear(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+class Fp8Linear:
+    """e4m3 weights with one scale per part (exact, never merged); activations e4m3 with a static scale."""
+
+    input_scale: torch.Tensor | None
+
+    def __init__(self, builder: WeightBuilder, parts: tuple[Part, ...], cols: Columns, bias: bool) -> None:
+        self.out_dtype = builder.dtype
+        self.weight = builder.empty(_num_rows(parts), cols.length, dtype=torch.float8_e4m3fn)
+        self.weight_scale = builder.empty(_num_rows(parts), dtype=torch.float32)
+        self.scale = self.input_scale = builder.empty(dtype=torch.float32)
+        self.bias = _add_bias(builder, parts, cols) if bias else None
+        _add_matrix(builder, "weight", parts, self.weight, cols, pack=1)
+        part_scales = _add_scalars(builder, "weight_scale", parts)
+        input_scales = _add_scalars(builder, "input_scale", parts)
+
+        def finish() -> None:
+            for out, scale in zip(_split(self.weight_scale, parts), part_scales, strict=True):
+                out.copy_(scale)
+            # The parts see one input, so the exporter gives them one scale; the largest never saturates.
+            self.scale.copy_(input_scales.max())
+
+        builder.after_load.append(finish)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """See ``Linear``."""
+        if x.dtype != torch.float8_e4m3fn:
+            x = quantize_fp8(x, self.scale)
+        y = fp8_linear(x, self.weight, self.scale, self.weight_scale, self.out_dtype)
+        return y if self.bias is None else y + self.bias
+
+
+class Nvfp4Linear:
+    """e2m1 weights packed two a byte along K, e4m3 scales per 16 of K, an f32 scale; activations stay wide."""
+
+    input_scale: torch.Tensor | None = None
+
+    def __init__(self, builder: WeightBuilder, parts: tuple[Part, ...], cols: Columns, bias: bool) -> None:
+        num_rows = _num_rows(parts)
+        self.packed = builder.empty(num_rows, cols.length // 2, dtype=torch.uint8)
+        self.block_scale = builder.empty(num_rows, cols.length // BLOCK_SIZE, dtype=torch.float8_e4m3fn)
+        self.bias = _add_bias(builder, parts, cols) if bias else None
+        _add_matrix(builder, "weight", parts, self.packed, cols, pack=2)
+        _add_matrix(builder, "weight_scale", parts, self.block_scale, cols, pack=BLOCK_SIZE)
+        part_scales = _add_scalars(builder, "weight_scale_2", parts)
+        _add_scalars(builder, "input_scale", parts)
+        # (packed, block scale, scale) of each GEMM: one, unless an exporter gave the parts different scales.
+        self.gemms = [(self.packed, self.block_scale, part_scales[0])]
+
+        def finish() -> None:
+            if not bool((part_scales == part_scales[0]).all()):
+                pieces = _split(self.packed, parts), _split(self.block_scale, parts), part_scales.unbind()
+                self.gemms = list(zip(*pieces, strict=True))
+
+        builder.after_load.append(finish)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """See ``Linear``."""
+        outs = [nvfp4_linear(x, packed, block_scale, scale) for packed, block_scale, scale in self.gemms]
+        y = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+        return y if self.bias is None else y + self.bias
+
+
+_LAYERS: dict[Format, type[PlainLinear] | type[Fp8Linear] | type[Nvfp4Linear]] = {
+    Format.PLAIN: PlainLinear,
+    Format.FP8: Fp8Linear,
+    Format.NVFP4: Nvfp4Linear,
+}
+
+
+def _num_rows(parts: tuple[Part, ...]) -> int:
+    return sum(part.length for part in parts)
+
+
+def _split(stacked: torch.Tensor, parts: tuple[Part, ...]) -> tuple[torch.Tensor, ...]:
+    """The parts' rows of a stacked tensor, as views."""
+    return torch.split(stacked, [part.length for part in parts])
+
+
+def _add_matrix(
+    builder: WeightBuilder, suffix: str, parts: tuple[Part, ...], dest: torch.Tensor, cols: Columns, pack: int
+) -> None:
+    """Slots of the stacked matrices ``<part>.<suffix>``, where one column stands for ``pack`` in features."""
+    columns = slice(cols.start // pack, (cols.start + cols.length) // pack)
+    for part, rows in zip(parts, _split(dest, parts), strict=True):
+        select = (slice(part.start, part.start + part.length), columns)
+        builder.add_slot(f"{part.name}.{suffix}", (part.rows, cols.total // pack), rows, select)
+
+
+def _add_scalars(builder: WeightBuilder, suffix: str, parts: tuple[Part, ...]) -> torch.Tensor:
+    """f32 ``[P]`` of the parts' one-element tensors ``<part>.<suffix>``."""
+    dest = builder.empty(len(parts), dtype=torch.float32)
+    for part, scalar in zip(parts, dest.unbind(), strict=True):
+        builder.add_slot(f"{part.name}.{suffix}", (), scalar)
+    return dest
+
+
+def _add_bias(builder: WeightBuilder, parts: tuple[Part, ...], cols: Columns) -> torch.Tensor | None:
+    """The stacked biases. Where ranks split the in features their outputs are summed: one rank adds the bias."""
+    if cols.start:
+        return None
+    dest = builder.empty(_num_rows(parts))
+    for part, rows in zip(parts, _split(dest, parts), strict=True):
+        builder.add_slot(
+            f"{part.name}.bias", (part.rows,), rows, (slice(part.start, part.start + part.length),)
+        )
+    return dest
