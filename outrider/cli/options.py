@@ -85,7 +85,7 @@ class Option:
         if value is None or (isinstance(value, str) and self.kind is not list):
             return self._from_yaml_text("None" if value is None else value)
         if self.kind is list:
-            return [str(item) for item in value] if isinstance(value, list) else self._list_of(value)
+            return self._list_of(value)
         if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         if self.metadata.get("auto") and value == -1:
@@ -104,11 +104,12 @@ class Option:
         return self.from_text(text)
 
     def _list_of(self, value: Any) -> list[str]:
-        if isinstance(value, dict):
-            raise ConfigError(f"{self.key}: {value!r} is not a list.")
         if isinstance(value, str) and self.metadata.get("json"):
-            return list(self._from_json(value))
-        return [str(value)]
+            value = self._from_json(value)
+        items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, (bool, dict, list)) or item is None for item in items):
+            raise ConfigError(f"{self.key}: {value!r} is not a list of texts.")
+        return [str(item) for item in items]
 
     def _from_json(self, text: str) -> Any:
         try:

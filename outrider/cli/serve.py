@@ -24,6 +24,8 @@ from outrider.config import EngineConfig, ServerConfig
 if TYPE_CHECKING:
     import socket
 
+    from outrider.engine.client import ProcessEngineClient
+    from outrider.text.tokenizer import Tokenizer
     from outrider.types import EngineInfo
 
 logger = logging.getLogger(__name__)
@@ -90,23 +92,18 @@ def resolve_files(
 
 
 async def _serve(engine_config: EngineConfig, server_config: ServerConfig, sock: socket.socket) -> None:
+    """Start the engine, then HTTP; returns when both have ended."""
     from outrider.cli.http_server import run_http
-    from outrider.cli.progress import StartupProgress
     from outrider.cli.sockets import url_of
     from outrider.cli.stats_line import log_stats
-    from outrider.engine.client import ProcessEngineClient
+    from outrider.models.config_hf import load_model_config
     from outrider.server.app import create_app
 
-    with StartupProgress() as progress:
-        client = ProcessEngineClient(engine_config, progress)
-        try:
-            await client.start()
-        except BaseException:
-            await client.close()
-            raise
+    model_config = load_model_config(engine_config.model)
+    client, tokenizer = await _start_engine(engine_config, server_config)
     tasks: list[asyncio.Task[None]] = []
     try:
-        app = create_app(client, engine_config, server_config)
+        app = create_app(client, tokenizer, model_config, server_config, engine_config)
         logger.info(startup_line(client.info))
         logger.info("Starting outrider server on %s", url_of(sock, server_config))
         if not server_config.disable_log_stats:
@@ -118,6 +115,30 @@ async def _serve(engine_config: EngineConfig, server_config: ServerConfig, sock:
         await client.close()
         if server_config.uds:
             Path(server_config.uds).unlink(missing_ok=True)
+
+
+async def _start_engine(
+    engine_config: EngineConfig, server_config: ServerConfig
+) -> tuple[ProcessEngineClient, Tokenizer]:
+    """The engine, ready, and the tokenizer, read and checked meanwhile; what fails first ends the other."""
+    from outrider.cli.progress import StartupProgress
+    from outrider.engine.client import ProcessEngineClient
+    from outrider.server.app import load_chat_template
+    from outrider.text.tokenizer import Tokenizer
+
+    with StartupProgress() as progress:
+        client = ProcessEngineClient(engine_config, progress)
+        starting = asyncio.create_task(client.start())
+        try:
+            tokenizer = await asyncio.to_thread(Tokenizer.load, str(server_config.tokenizer))
+            load_chat_template(tokenizer, server_config.chat_template)
+            await starting
+        except BaseException:
+            starting.cancel()
+            await asyncio.wait([starting])
+            await client.close()
+            raise
+    return client, tokenizer
 
 
 def startup_line(info: EngineInfo) -> str:
