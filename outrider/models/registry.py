@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,8 +39,10 @@ def load_model(
     """This rank's part of the model with its weights on ``device``; ``CheckpointError`` names what does not fit.
 
     ``path``: checkpoint folder or ``.gguf`` file, unread when ``load_format`` is ``dummy``. ``progress`` is
-    called with bytes done and bytes in all.
+    called with bytes done and bytes in all. ``language_model_only`` leaves the vision tower out.
     """
+    if language_model_only:
+        config = replace(config, vision=None)
     file = None if load_format == "dummy" else open_weights(Path(path))
     source: Source = DummySource(config) if file is None else file
     model = build_model(
@@ -49,7 +52,6 @@ def load_model(
         dtype=dtype,
         device=device,
         kv_cache_dtype=kv_cache_dtype,
-        language_model_only=language_model_only,
     )
     if file is None:
         fill_random(model.builder, config, progress)
@@ -66,7 +68,6 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
     kv_cache_dtype: torch.dtype,
-    language_model_only: bool = False,
 ) -> Decoder:
     """The model with uninitialised weights, allocated in the formats that ``source`` holds."""
     builder = WeightBuilder(source=source, parallel=parallel, dtype=dtype, device=device)
