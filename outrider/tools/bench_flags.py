@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from outrider.tools.bench_datasets import DATASETS, DatasetOptions, parse_range_
 from outrider.tools.bench_load import Schedule
 from outrider.tools.bench_metrics import METRICS
 from outrider.tools.bench_report import REPORT_STYLES
+from outrider.tools.http_api import base_url, bearer
 
 CHAT_BACKENDS = ("openai-chat", "vllm-chat")
 BACKENDS = ("vllm", "openai", *CHAT_BACKENDS)
@@ -136,11 +136,8 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def base_url_from(args: argparse.Namespace) -> str:
-    """``--base-url``, or host and port; the listen-on-all address 0.0.0.0 is reached as 127.0.0.1."""
-    if args.base_url:
-        return str(args.base_url).rstrip("/")
-    host = "127.0.0.1" if args.host == "0.0.0.0" else args.host
-    return f"http://[{host}]:{args.port}" if ":" in host else f"http://{host}:{args.port}"
+    """``--base-url``, or host and port."""
+    return str(args.base_url or base_url(args.host, args.port)).rstrip("/")
 
 
 def endpoint_from(args: argparse.Namespace) -> str:
@@ -157,8 +154,7 @@ def endpoint_from(args: argparse.Namespace) -> str:
 
 def headers_from(args: argparse.Namespace) -> dict[str, str]:
     """Extra headers, and the bearer token of OPENAI_API_KEY."""
-    key = os.environ.get("OPENAI_API_KEY")
-    return ({"Authorization": f"Bearer {key}"} if key else {}) | pairs(args.header, "--header")
+    return bearer() | pairs(args.header, "--header")
 
 
 def extra_body_from(args: argparse.Namespace) -> dict[str, Any]:

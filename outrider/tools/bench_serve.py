@@ -27,6 +27,7 @@ from outrider.tools.bench_load import LoadResult, Progress, Schedule, Target, ru
 from outrider.tools.bench_metrics import Metrics, compute_metrics, parse_goodput
 from outrider.tools.bench_report import RunInfo, result_json, save_result, text_report
 from outrider.tools.bench_tokenizer import ServerCodec, open_codec
+from outrider.tools.http_api import first_model
 
 add_arguments = flags.add_serve_arguments
 _T = TypeVar("_T")
@@ -55,7 +56,7 @@ def prepare(args: argparse.Namespace) -> tuple[Target, TextCodec | None]:
     base_url, headers = flags.base_url_from(args), flags.headers_from(args)
     if args.ready_check_timeout_sec > 0:
         _wait_until_up(base_url, headers, args)
-    args.model = args.model or _first_model(base_url, headers, args.insecure)
+    args.model = args.model or first_model(base_url, headers, verify=not args.insecure)
     model = args.served_model_name or args.model
     codec: TextCodec | None = None
     if args.dataset_name != "custom" or args.tokenizer:
@@ -247,11 +248,3 @@ def _wait_until_up(base_url: str, headers: dict[str, str], args: argparse.Namesp
                     f"No server answers at {base_url} ({error}); start one or fix --port."
                 ) from error
         time.sleep(1.0)
-
-
-def _first_model(base_url: str, headers: dict[str, str], insecure: bool) -> str:
-    try:
-        answer = httpx.get(f"{base_url}/v1/models", headers=headers, verify=not insecure, timeout=10.0)
-        return str(answer.raise_for_status().json()["data"][0]["id"])
-    except (httpx.HTTPError, LookupError, ValueError) as error:
-        raise ConfigError(f"{base_url}/v1/models names no model ({error}); give --model.") from error

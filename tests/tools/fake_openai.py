@@ -8,6 +8,7 @@ import asyncio
 import json
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -34,7 +35,8 @@ class FakeOpenAI:
     fail_every: int = 0
     cut_every: int = 0
     close_idle: bool = False
-    tool_calls: bool = False
+    reply: Callable[[str], str] = field(default=lambda prompt: " w0 w1")
+    error_event: str = ""
     served: list[Served] = field(default_factory=list)
 
     def start(self) -> "FakeOpenAI":
@@ -101,6 +103,10 @@ class FakeOpenAI:
         self.served.append(served)
         if self.fail_every and len(self.served) % self.fail_every == 0:
             return self._json(writer, 503, {"error": {"message": "The queue is full."}})
+        if not body.get("stream"):
+            prompts = body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]
+            choices = [{"index": i, "text": self.reply(prompt)} for i, prompt in enumerate(prompts)]
+            return self._json(writer, 200, {"choices": choices})
         return await self._stream(writer, served, "chat" in path)
 
     async def _stream(self, writer: asyncio.StreamWriter, served: Served, chat: bool) -> bool:
@@ -119,6 +125,8 @@ class FakeOpenAI:
             self._event(writer, json.dumps({"choices": [choice], "usage": None}))
             if self.cut_every and len(self.served) % self.cut_every == 0:
                 return False
+        if self.error_event:
+            self._event(writer, json.dumps({"error": {"message": self.error_event, "code": 500}}))
         if self.usage:
             count = {"prompt_tokens": 7, "completion_tokens": limit, "total_tokens": 7 + limit}
             self._event(writer, json.dumps({"choices": [], "usage": count}))
