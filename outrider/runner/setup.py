@@ -21,14 +21,29 @@ from outrider.engine.scheduler import Limits, Scheduler
 from outrider.errors import ConfigError
 from outrider.kernels import op_table
 from outrider.kv_layout import KVLayout, plan_layout
+from outrider.models.config import ModelConfig
+from outrider.models.config_hf import load_model_config
 from outrider.parallel import Parallel
 from outrider.runner.executor import InlineExecutor
-from outrider.runner.rank import GIB, LoadedRank, load_rank, start_rank
+from outrider.runner.rank import GIB, load_rank, start_rank
+from outrider.runner.resolve import Resolved, resolve
+from outrider.runner.workers import Workers
 from outrider.types import EngineInfo
 
 logger = logging.getLogger("outrider.engine")
 
 ProgressCallback = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the engine knows of the loaded model. ``layer_block_bytes``: one block of one layer on one rank."""
+
+    config: EngineConfig
+    model_config: ModelConfig
+    resolved: Resolved
+    layer_block_bytes: int
+    weight_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +58,55 @@ class KVPlan:
 def build_engine(config: EngineConfig, on_progress: ProgressCallback) -> tuple[Engine, EngineInfo]:
     """Load the model and put an engine around it; ``ConfigError`` if it cannot run here."""
     clock = _Ledger()
-    rank = load_rank(config, Parallel(), lambda done, total: on_progress("weights", done, total))
+
+    def weights(done: int, total: int) -> None:
+        on_progress("weights", done, total)
+
+    if config.tensor_parallel_size * config.pipeline_parallel_size > 1:
+        return _build_parallel(config, weights, clock)
+    rank = load_rank(config, Parallel(), weights)
     clock.mark("weights")
-    plan = plan_kv(rank, rank.kv_budget)
+    model = Facts(
+        config,
+        rank.model_config,
+        rank.resolved,
+        rank.block_bytes(_one_layer(rank.resolved)),
+        rank.model.weight_bytes(),
+    )
+    plan = plan_kv(model, rank.kv_budget)
     runner = start_rank(rank, plan.layout, plan.num_blocks, plan.max_model_len)
     clock.mark("kv cache and warm-up")
-    engine = make_engine(config, rank, plan, InlineExecutor(runner))
-    return engine, _info(rank, plan, engine, clock.stages)
+    engine = _make_engine(model, plan, InlineExecutor(runner))
+    return engine, _info(model, plan, engine, clock.stages)
 
 
-def make_engine(config: EngineConfig, rank: LoadedRank, plan: KVPlan, executor: Executor) -> Engine:
+def _build_parallel(
+    config: EngineConfig, on_progress: Callable[[int, int], None], clock: _Ledger
+) -> tuple[Engine, EngineInfo]:
+    """The same with a process per rank; the smallest rank's memory decides."""
+    model_config = load_model_config(config.model)
+    resolved = resolve(config, model_config)
+    workers = Workers(config, on_progress)
+    clock.mark("weights")
+    loaded = workers.loaded
+    # The rank with the most bytes per block in proportion to its budget is the tightest.
+    tightest = min(loaded, key=lambda rank: rank.kv_budget / rank.block_bytes_per_layer)
+    total_bytes = sum(rank.weight_bytes for rank in loaded)
+    model = Facts(config, model_config, resolved, tightest.block_bytes_per_layer, total_bytes)
+    plan = plan_kv(model, tightest.kv_budget)
+    workers.start(plan.layout, plan.num_blocks, plan.max_model_len)
+    clock.mark("kv cache and warm-up")
+    engine = _make_engine(model, plan, workers)
+    return engine, _info(model, plan, engine, clock.stages)
+
+
+def _one_layer(resolved: Resolved) -> KVLayout:
+    return KVLayout(((0,),), (False,), None, resolved.block_size)
+
+
+def _make_engine(model: Facts, plan: KVPlan, executor: Executor) -> Engine:
     """A scheduler of this machine's limits in front of ``executor``."""
-    resolved = rank.resolved
+    config, resolved = model.config, model.resolved
     limits = Limits(
         resolved.max_num_seqs,
         resolved.max_num_batched_tokens,
@@ -67,21 +119,24 @@ def make_engine(config: EngineConfig, rank: LoadedRank, plan: KVPlan, executor: 
     return Engine(Scheduler(kv, limits), executor, None, depth)
 
 
-def plan_kv(rank: LoadedRank, budget: int) -> KVPlan:
+def plan_kv(model: Facts, budget: int) -> KVPlan:
     """Layout and number of blocks; a default context length shrinks to what fits, an explicit one is refused."""
-    model, resolved = rank.model_config, rank.resolved
+    config, resolved = model.config, model.resolved
     max_model_len = resolved.max_model_len
     while True:
         layout = plan_layout(
-            model.rope_layers, model.attention_chunk_size, max_model_len, resolved.block_size
+            model.model_config.rope_layers,
+            model.model_config.attention_chunk_size,
+            max_model_len,
+            resolved.block_size,
         )
-        block_bytes = rank.block_bytes(layout)
-        num_blocks = rank.config.num_gpu_blocks_override or max(2, int(budget // block_bytes))
+        block_bytes = model.layer_block_bytes * layout.layers_per_block
+        num_blocks = config.num_gpu_blocks_override or max(2, int(budget // block_bytes))
         needed = KVManager(layout, 2, False).num_blocks_for(max_model_len) + 1
         if num_blocks >= needed:
             return KVPlan(layout, num_blocks, max_model_len)
         fitting = int(max_model_len * (num_blocks - 1) / needed) // resolved.block_size * resolved.block_size
-        if rank.config.max_model_len is not None or fitting < 1:
+        if config.max_model_len is not None or fitting < 1:
             raise ConfigError(
                 f"One request of --max-model-len {max_model_len} needs {needed * block_bytes / GIB:.2f} GiB of KV "
                 f"cache and {num_blocks * block_bytes / GIB:.2f} GiB fit; use --max-model-len {fitting}, "
@@ -105,22 +160,17 @@ class _Ledger:
         self._last = now
 
 
-def _quantization(rank: LoadedRank) -> str:
-    quant = rank.model_config.quant
-    return "none" if quant is None else quant.algo
-
-
-def _info(rank: LoadedRank, plan: KVPlan, engine: Engine, stages: dict[str, float]) -> EngineInfo:
-    resolved = rank.resolved
+def _info(model: Facts, plan: KVPlan, engine: Engine, stages: dict[str, float]) -> EngineInfo:
+    resolved, quant = model.resolved, model.model_config.quant
     kv = engine.scheduler.kv
     concurrency = kv.pool.capacity / kv.num_blocks_for(plan.max_model_len)
     on_gpu = resolved.device.type == "cuda"
     return EngineInfo(
-        model=rank.config.model,
-        architecture=rank.model_config.architecture,
+        model=model.config.model,
+        architecture=model.model_config.architecture,
         device=torch.cuda.get_device_name() if on_gpu else f"cpu ({torch.get_num_threads()} threads)",
         dtype=str(resolved.dtype).removeprefix("torch."),
-        quantization=_quantization(rank),
+        quantization="none" if quant is None else quant.algo,
         kv_cache_dtype=str(resolved.kv_dtype).removeprefix("torch."),
         kernels=op_table(resolved.device),
         max_model_len=plan.max_model_len,
@@ -129,5 +179,5 @@ def _info(rank: LoadedRank, plan: KVPlan, engine: Engine, stages: dict[str, floa
         kv_capacity_tokens=int(concurrency * plan.max_model_len),
         max_concurrency=round(concurrency, 2),
         startup_s=stages,
-        weights_gb=round(rank.model.weight_bytes() / 1e9, 3),
+        weights_gb=round(model.weight_bytes / 1e9, 3),
     )

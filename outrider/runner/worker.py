@@ -1,0 +1,180 @@
+"""The process of one rank among several: ``python -m outrider.runner.worker FD PARENT_PID``.
+
+Started by ``workers``; talks only to the engine process, over an inherited Unix socket. It loads its part of the
+model, reports its KV budget, waits for the common plan, then runs every step it is sent, in order. The rank that
+holds the logits answers with the step's result.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from datetime import timedelta
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from outrider.config import EngineConfig
+from outrider.engine.messages import FrameReader, send_frame
+from outrider.engine.process import die_with_parent
+from outrider.errors import ConfigError
+from outrider.kv_layout import KVLayout
+from outrider.logs import setup_logging
+from outrider.parallel import Parallel
+from outrider.runner.rank import load_rank, start_rank
+from outrider.types import StepPlan, StepResult
+
+
+class Join(msgspec.Struct, tag="join"):
+    """Engine: who you are. ``store`` is a file for the rendezvous, so that no port is opened for it."""
+
+    config: EngineConfig
+    rank: int
+    world_size: int
+    store: str
+
+
+class Loading(msgspec.Struct, tag="loading"):
+    """Rank: bytes of weights read so far."""
+
+    done: int
+    total: int
+
+
+class Loaded(msgspec.Struct, tag="loaded"):
+    """Rank: weights are in place; this many bytes are left for the KV cache."""
+
+    kv_budget: int
+    block_bytes_per_layer: int
+    weight_bytes: int
+
+
+class Start(msgspec.Struct, tag="start"):
+    """Engine: allocate this cache and get ready."""
+
+    groups: tuple[tuple[int, ...], ...]
+    local: tuple[bool, ...]
+    chunk_size: int | None
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+
+
+class Started(msgspec.Struct, tag="started"):
+    """Rank: steps are welcome."""
+
+
+class Launch(msgspec.Struct, tag="launch"):
+    """Engine: run this step."""
+
+    plan: StepPlan
+
+
+class Done(msgspec.Struct, tag="done"):
+    """Rank: the outcome of a step."""
+
+    result: StepResult
+
+
+class Failed(msgspec.Struct, tag="failed"):
+    """Rank: it cannot go on; ``is_config`` tells that the operator can mend it."""
+
+    message: str
+    is_config: bool
+
+
+ToRank = Join | Start | Launch
+FromRank = Loading | Loaded | Started | Done | Failed
+
+
+class Channel:
+    """Whole messages over a blocking socket."""
+
+    def __init__(self, sock: socket.socket, message_type: object) -> None:
+        self._sock = sock
+        self._reader = FrameReader(message_type)
+        self._ready: list[object] = []
+
+    def send(self, message: object) -> None:
+        """Write one message."""
+        send_frame(self._sock, message)
+
+    def receive(self) -> object | None:
+        """The next message; None when the peer is gone."""
+        while not self._ready:
+            data = self._sock.recv(1 << 20)
+            if not data:
+                return None
+            self._ready = self._reader.feed(data)
+        return self._ready.pop(0)
+
+
+def join_group(join: Join) -> Parallel:
+    """Meet the other ranks and make this one's place among them."""
+    config, tp = join.config, join.config.tensor_parallel_size
+    on_gpu = torch.cuda.is_available() and config.device != "cpu"
+    if on_gpu:
+        torch.cuda.set_device(join.rank % torch.cuda.device_count())
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one host never listen on the network
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=dist.FileStore(join.store, join.world_size),
+        rank=join.rank,
+        world_size=join.world_size,
+        timeout=timedelta(minutes=5),
+    )
+    stages = [
+        dist.new_group(list(range(stage * tp, (stage + 1) * tp)))
+        for stage in range(config.pipeline_parallel_size)
+    ]
+    pp_rank, tp_rank = divmod(join.rank, tp)
+    return Parallel(
+        tp_rank=tp_rank,
+        tp_size=tp,
+        pp_rank=pp_rank,
+        pp_size=config.pipeline_parallel_size,
+        expert_parallel=config.enable_expert_parallel,
+        tp_group=stages[pp_rank],
+    )
+
+
+def serve(channel: Channel) -> None:
+    """Load, start, then run steps until the engine goes away."""
+    join = channel.receive()
+    assert isinstance(join, Join)
+    setup_logging(f"Rank{join.rank}")
+    rank = load_rank(join.config, join_group(join), lambda d, t: channel.send(Loading(d, t)))
+    one_layer = KVLayout(((0,),), (False,), None, rank.resolved.block_size)
+    channel.send(Loaded(rank.kv_budget, rank.block_bytes(one_layer), rank.model.weight_bytes()))
+    start = channel.receive()
+    assert isinstance(start, Start)
+    layout = KVLayout(start.groups, start.local, start.chunk_size, start.block_size)
+    runner = start_rank(rank, layout, start.num_blocks, start.max_model_len)
+    channel.send(Started())
+    reports = rank.parallel.is_last_stage and rank.parallel.tp_rank == 0
+    while (message := channel.receive()) is not None:
+        assert isinstance(message, Launch)
+        step = runner.launch(message.plan)
+        if reports:
+            channel.send(Done(step.wait()))
+
+
+def main(fd: int, parent_pid: int) -> int:
+    """Run the rank; the exit code is 0 when the engine ended first."""
+    die_with_parent(parent_pid)
+    channel = Channel(socket.socket(fileno=fd), ToRank)
+    try:
+        serve(channel)
+    except ConfigError as error:
+        channel.send(Failed(str(error), True))
+        return 2
+    except Exception as error:
+        channel.send(Failed(f"{type(error).__name__}: {error}", False))
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))
