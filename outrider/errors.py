@@ -5,6 +5,7 @@ OutriderError
 │   └── CheckpointError    a tensor or config entry of the checkpoint is wrong
 ├── RequestError           the client's request cannot be served as it is (HTTP 400)
 │   ├── NotFoundError      unknown model or id (404)
+│   ├── TooLargeError      the body is larger than the server reads (413)
 │   ├── MediaError         an image could not be fetched or decoded (422)
 │   └── OverloadedError    the queue is full (503, with Retry-After)
 └── EngineError            the engine failed or is gone (500/503); the text never leaks internals
@@ -43,6 +44,13 @@ class NotFoundError(RequestError):
 
     status = 404
     type = "NotFoundError"
+
+
+class TooLargeError(RequestError):
+    """The request's body is larger than the server reads."""
+
+    status = 413
+    type = "PayloadTooLargeError"
 
 
 class MediaError(RequestError):

@@ -5,7 +5,6 @@ Nothing of an unknown exception (text, class name, path, address) reaches the cl
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Any
 
@@ -16,8 +15,6 @@ from starlette.responses import Response
 from outrider.errors import EngineError, OverloadedError, RequestError
 
 INTERNAL_ERROR = "The server failed on this request; its log says why."
-
-logger = logging.getLogger("outrider.server")
 
 
 class JSONResponse(Response):
@@ -50,7 +47,5 @@ def error_response(error: Exception) -> Response:
 
 
 async def handle_error(request: Request, error: Exception) -> Response:
-    """Exception handler of the application."""
-    if not isinstance(error, (RequestError, EngineError)):
-        logger.error("%s %s failed.", request.method, request.url.path, exc_info=error)
+    """Exception handler of the application; unexpected errors are logged by the HTTP server."""
     return error_response(error)

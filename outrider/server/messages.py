@@ -10,6 +10,8 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import msgspec
+
 from outrider.errors import RequestError
 from outrider.server.context import THREAD_THRESHOLD_CHARS, ServerContext
 from outrider.server.generation import Prompt
@@ -61,7 +63,7 @@ async def render_chat(
         prefix = context.tokenizer.encode("") if body.add_special_tokens else []
         return prefix + context.tokenizer.encode_segments(segments)
 
-    num_chars = sum(_num_chars(message) for message in messages)
+    num_chars = _num_chars([messages, body.tools, documents, variables])
     if num_chars > context.tokenizer.max_chars(context.max_model_len):
         raise RequestError(
             f"This model's maximum context length is {context.max_model_len} tokens and messages of "
@@ -83,6 +85,8 @@ def _message(message: dict[str, Any], index: int, as_parts: bool) -> dict[str, A
     result = dict(message)
     if role == "developer":  # the newer name of the system role, unknown to templates
         result["role"] = "system"
+    if message.get("tool_calls"):
+        result["tool_calls"] = [_tool_call(call, index) for call in message["tool_calls"]]
     content = message.get("content")
     if content is None:
         if role != "assistant":
@@ -99,6 +103,20 @@ def _message(message: dict[str, Any], index: int, as_parts: bool) -> dict[str, A
     return result
 
 
+def _tool_call(call: Any, index: int) -> dict[str, Any]:
+    """A call the model made earlier; templates read its arguments as an object, clients send them as JSON text."""
+    where = f"messages[{index}].tool_calls"
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RequestError(f"{where} must hold objects with function.name.", param=where)
+    arguments = function.get("arguments") or "{}"
+    try:
+        parsed = msgspec.json.decode(arguments) if isinstance(arguments, str) else arguments
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise RequestError(f"{where}: function.arguments must be JSON.", param=where) from error
+    return {**call, "function": {**function, "arguments": parsed}}
+
+
 def _part(part: Any, where: str) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
     text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
@@ -107,6 +125,10 @@ def _part(part: Any, where: str) -> dict[str, Any]:
     raise RequestError(f"{where} must be a part of type 'text' with a text.", param=where)
 
 
-def _num_chars(message: Mapping[str, Any]) -> int:
-    content = message["content"]
-    return len(content) if isinstance(content, str) else sum(len(part.get("text", "")) for part in content)
+def _num_chars(value: Any) -> int:
+    """Characters of all texts in a JSON value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(len(key) + _num_chars(item) for key, item in value.items())
+    return sum(map(_num_chars, value)) if isinstance(value, (list, tuple)) else 0

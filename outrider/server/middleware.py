@@ -14,11 +14,11 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from outrider.errors import RequestError
-from outrider.server.errors import JSONResponse, error_body
+from outrider.errors import TooLargeError
+from outrider.server.errors import JSONResponse, error_response
 from outrider.server.metrics import Metrics
 
-MAX_BODY_BYTES = 64 << 20
+MAX_BODY_BYTES = 32 << 20
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/ping"})
 _UNMEASURED = OPEN_PATHS | {"/metrics", "/load", "/version", "/server_info"}
 
@@ -49,8 +49,9 @@ class Gate:
                 await response(scope, receive, send)
                 return
             scope["outrider.tenant"] = tenant
-        if int(headers.get(b"content-length", b"0")) > MAX_BODY_BYTES:
-            await _too_large()(scope, receive, send)
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and int(length) > MAX_BODY_BYTES:
+            await error_response(_too_large())(scope, receive, send)
             return
         await self._measured(scope, _bounded(receive), send, headers.get(b"x-request-id"))
 
@@ -100,14 +101,11 @@ def _bounded(receive: Receive) -> Receive:
         if message["type"] == "http.request":
             received += len(message.get("body", b""))
             if received > MAX_BODY_BYTES:
-                raise RequestError(f"The body is larger than {MAX_BODY_BYTES >> 20} MiB; send less.")
+                raise _too_large()
         return message
 
     return receive_counted
 
 
-def _too_large() -> JSONResponse:
-    error = RequestError(f"The body is larger than {MAX_BODY_BYTES >> 20} MiB; send less.")
-    body = error_body(error)
-    body["error"]["code"] = 413
-    return JSONResponse(body, 413)
+def _too_large() -> TooLargeError:
+    return TooLargeError(f"The body is larger than {MAX_BODY_BYTES >> 20} MiB; send less.")

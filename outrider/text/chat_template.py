@@ -93,7 +93,15 @@ class ChatTemplate:
             raise RequestError(
                 f"The chat template refuses the messages: {error.message}", param="messages"
             ) from error
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             raise RequestError(
                 "The chat template cannot render these messages; check roles and content.", param="messages"
             ) from error

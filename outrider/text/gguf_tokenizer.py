@@ -13,6 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
 from outrider.errors import ConfigError
+from outrider.models.gguf import read_gguf_metadata
 
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 _LLAMA3_PATTERN = (
@@ -23,13 +24,7 @@ _LLAMA3_PATTERN = (
 
 def read_gguf_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any], str | None]:
     """The tokenizer, the special token names (as in tokenizer_config.json) and the chat template of ``path``."""
-    import gguf  # numpy and a memory map: only worth it when the model is a GGUF file
-
-    try:
-        fields = gguf.GGUFReader(path).fields
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as GGUF: {error}") from error
-    meta = {key: f.contents() for key, f in fields.items() if key.startswith("tokenizer.")}
+    meta = read_gguf_metadata(path)
     if meta.get("tokenizer.ggml.model") != "gpt2":
         raise ConfigError(
             f"{path} has a '{meta.get('tokenizer.ggml.model')}' tokenizer; use a file with a 'gpt2' (BPE) one"
