@@ -36,7 +36,7 @@ class Tile:
 
 
 @triton.jit
-def _find_tile(offsets_ptr, tile, num_experts, tiles_n, ROWS: tl.constexpr, BINS: tl.constexpr):
+def find_tile(offsets_ptr, tile, num_experts, tiles_n, ROWS: tl.constexpr, BINS: tl.constexpr):
     """``(expert, first row, end row, output tile)`` of a tile number; expert-major, row blocks innermost."""
     bins = tl.arange(0, BINS)
     mask = bins < num_experts
@@ -46,7 +46,7 @@ def _find_tile(offsets_ptr, tile, num_experts, tiles_n, ROWS: tl.constexpr, BINS
     last = tl.cumsum(blocks, 0) * tiles_n
     expert = tl.sum((last <= tile).to(tl.int32), 0)
     mine = bins == expert
-    num_blocks = tl.sum(tl.where(mine, blocks, 0), 0)
+    num_blocks = tl.maximum(tl.sum(tl.where(mine, blocks, 0), 0), 1)
     local = tile - tl.sum(tl.where(mine, last - blocks * tiles_n, 0), 0)
     row = tl.sum(tl.where(mine, starts, 0), 0) + (local % num_blocks) * ROWS
     end = tl.sum(tl.where(mine, ends, 0), 0)
@@ -90,7 +90,7 @@ def _gate_up_kernel(
     tiles_n = tl.cdiv(inter, OUTPUTS)
     total = _count_tiles(offsets_ptr, num_experts, tiles_n, ROWS, BINS)
     for tile in tl.range(tl.program_id(0), total, NUM_PROGRAMS):
-        expert, row, end, tile_n = _find_tile(offsets_ptr, tile, num_experts, tiles_n, ROWS, BINS)
+        expert, row, end, tile_n = find_tile(offsets_ptr, tile, num_experts, tiles_n, ROWS, BINS)
         gate_row = expert * 2 * inter + tile_n * OUTPUTS
         up_row = gate_row + inter
         if SWAP:
@@ -168,7 +168,7 @@ def _down_kernel(
     for unit in tl.range(tl.program_id(0), total, NUM_PROGRAMS):
         tile = unit // SPLIT_K
         split = unit % SPLIT_K
-        expert, row, end, tile_n = _find_tile(offsets_ptr, tile, num_experts, tiles_n, ROWS, BINS)
+        expert, row, end, tile_n = find_tile(offsets_ptr, tile, num_experts, tiles_n, ROWS, BINS)
         w_row = expert * hidden + tile_n * OUTPUTS
         steps = tl.cdiv(tl.cdiv(depth, DEPTH), SPLIT_K)
         first = split * steps * DEPTH
@@ -225,7 +225,7 @@ def gate_up_triton(
     inter = double_inter // 2
     dtype = model_dtype if out_scale is None else torch.float8_e4m3fn
     out = torch.empty((rows.x.shape[0], inter), dtype=dtype, device=w13.device)
-    units = _max_tiles(rows.num_rows, num_experts, tile.rows) * ceil_div(inter, tile.outputs)
+    units = max_tiles(rows.num_rows, num_experts, tile.rows) * ceil_div(inter, tile.outputs)
     programs = _num_programs(units, tile, w13.device)
     _gate_up_kernel[(programs,)](
         TensorDescriptor.from_tensor(rows.x, [tile.rows, tile.depth]),
@@ -242,7 +242,7 @@ def gate_up_triton(
         FP8=w13_scale is not None,
         X_SCALE_STRIDE=int(rows.scale is not None and rows.scale.numel() > 1),
         QUANTIZE=out_scale is not None,
-        MODEL_DTYPE=_TRITON_DTYPES[model_dtype],
+        MODEL_DTYPE=TRITON_DTYPES[model_dtype],
         ROWS=tile.rows,
         OUTPUTS=tile.outputs,
         DEPTH=tile.depth,
@@ -259,7 +259,7 @@ def down_triton(
 ) -> None:
     """``x · w2ᵀ`` of the grouped rows, written to row ``index[r]`` of ``out`` [tokens · k, M]."""
     num_experts, hidden, depth = w2.shape
-    units = _max_tiles(rows.num_rows, num_experts, tile.rows) * ceil_div(hidden, tile.outputs) * tile.split_k
+    units = max_tiles(rows.num_rows, num_experts, tile.rows) * ceil_div(hidden, tile.outputs) * tile.split_k
     programs = _num_programs(units, tile, w2.device)
     split = tile.split_k > 1
     partial = None
@@ -293,7 +293,7 @@ def down_triton(
     )
 
 
-def _max_tiles(num_rows: int, num_experts: int, tile_rows: int) -> int:
+def max_tiles(num_rows: int, num_experts: int, tile_rows: int) -> int:
     """Most row blocks any routing can make: full blocks, plus one ragged block for every expert with rows."""
     return min(num_rows, num_rows // tile_rows + min(num_experts, num_rows))
 
@@ -302,7 +302,7 @@ def _num_programs(units: int, tile: Tile, device: torch.device) -> int:
     return min(units, tile.programs_per_sm * num_sms(device)) if tile.programs_per_sm else units
 
 
-_TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 def _aot_spec(kernel, fp8: bool, tile: Tile):
