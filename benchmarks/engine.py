@@ -1,0 +1,175 @@
+"""The engine without HTTP: time of a prefill, a single stream and full decode batches, beside the floor.
+
+    python -m benchmarks.engine --model DIR --load-format dummy [--batches 1,64,150] [--profile FILE]
+
+The model runs in this process. Prompts are random ids. Each line gives the median step time, the tokens a second
+and the time that reading the weights alone would take at the measured copy bandwidth. Last line: JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from outrider.config import EngineConfig
+from outrider.engine.engine import Engine
+from outrider.models.config_hf import load_model_config
+from outrider.runner.setup import build_engine
+from outrider.types import Request, SamplingParams
+
+
+class Driver:
+    """Feeds an engine with random prompts and times its steps."""
+
+    def __init__(self, engine: Engine, vocab_size: int) -> None:
+        self.engine = engine
+        self._vocab_size = vocab_size
+        self._rng = random.Random(0)
+        self._count = 0
+
+    def add(self, prompt_len: int, max_tokens: int) -> None:
+        """Queue one greedy request of exactly these lengths."""
+        prompt = [self._rng.randrange(self._vocab_size) for _ in range(prompt_len)]
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        self._count += 1
+        request = Request(request_id=f"b{self._count}", prompt_token_ids=prompt, sampling=params)
+        for event in self.engine.add(request):
+            raise SystemExit(f"refused: {event.error}")
+
+    def run(self) -> list[tuple[float, int, int]]:
+        """Steps until idle: ``(seconds, tokens computed, tokens generated)`` of each."""
+        steps = []
+        last = time.perf_counter()
+        while self.engine.has_work:
+            events = self.engine.step()
+            now = time.perf_counter()
+            generated = sum(len(event.token_ids) for event in events)
+            steps.append((now - last, self.engine.stats().step_tokens, generated))
+            last = now
+        return steps
+
+
+def prefill_ms(driver: Driver, prompt_len: int) -> float:
+    """Median milliseconds from a prompt to its first token on an idle engine."""
+    times = []
+    for _ in range(4):
+        driver.add(prompt_len, 1)
+        start = time.perf_counter()
+        driver.run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:]) * 1e3
+
+
+def decode(driver: Driver, batch: int, prompt_len: int, num_tokens: int) -> dict[str, float]:
+    """``batch`` streams at once: median step time once all of them decode."""
+    for _ in range(batch):
+        driver.add(prompt_len, num_tokens)
+    steps = driver.run()
+    full = [seconds for seconds, _, generated in steps if generated == batch]
+    median = statistics.median(full or [0.0])
+    whole = sum(seconds for seconds, _, _ in steps)
+    return {
+        "batch": batch,
+        "step_ms": round(median * 1e3, 3),
+        "decode_tok_s": round(batch / median, 1) if median else 0.0,
+        "overall_tok_s": round(batch * num_tokens / whole, 1),
+        "preemptions": driver.engine.stats().preemptions,
+    }
+
+
+def profile(driver: Driver, batch: int, prompt_len: int) -> str:
+    """A table of device time by kernel over a few decode steps."""
+    for _ in range(batch):
+        driver.add(prompt_len, 24)
+    for _ in range(12):
+        driver.engine.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(5):
+            driver.engine.step()
+        torch.cuda.synchronize()
+    driver.run()
+    return str(
+        profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60)
+    )
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read plus written, of a large device-to-device copy."""
+    source = torch.randint(0, 255, (1 << 32,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(3):
+        target.copy_(source)
+    start.record()
+    for _ in range(10):
+        target.copy_(source)
+    end.record()
+    torch.cuda.synchronize()
+    return 2 * source.numel() * 10 / (start.elapsed_time(end) / 1e3)
+
+
+def main() -> None:
+    """Build, measure, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--load-format", default="dummy")
+    parser.add_argument("--quantization")
+    parser.add_argument("--batches", default="1,8,64,150")
+    parser.add_argument("--prompt-len", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--prefills", default="1024,8192")
+    parser.add_argument("--max-model-len", type=int, default=9216)
+    parser.add_argument("--profile", type=Path)
+    parser.add_argument("--profile-batch", type=int, default=64)
+    parser.add_argument("--enforce-eager", action="store_true")
+    args = parser.parse_args()
+    result: dict[str, Any] = {"command": " ".join(__import__("sys").argv), "date": time.strftime("%Y-%m-%d")}
+    if torch.cuda.is_available():
+        result["copy_tb_s"] = round(copy_bandwidth() / 1e12, 3)
+        torch.cuda.empty_cache()
+    start = time.perf_counter()
+    engine, info = build_engine(
+        EngineConfig(
+            model=args.model,
+            load_format=args.load_format,
+            quantization=args.quantization,
+            kv_cache_dtype="fp8",
+            max_model_len=args.max_model_len,
+            enable_prefix_caching=False,
+            enforce_eager=args.enforce_eager,
+        ),
+        lambda *_: None,
+    )
+    result |= {
+        "start_s": round(time.perf_counter() - start, 2),
+        "stages_s": info.startup_s,
+        "device": info.device,
+    }
+    result |= {"kv_capacity_tokens": info.kv_capacity_tokens, "weights_gb": info.weights_gb}
+    print(info, flush=True)
+    driver = Driver(engine, load_model_config(args.model).vocab_size)
+    for length in (int(x) for x in args.prefills.split(",") if x):
+        result[f"prefill_{length}_ms"] = round(prefill_ms(driver, length), 2)
+        print(f"prefill {length}: {result[f'prefill_{length}_ms']} ms", flush=True)
+    result["decode"] = []
+    for batch in (int(x) for x in args.batches.split(",") if x):
+        row = decode(driver, batch, args.prompt_len, args.tokens)
+        result["decode"].append(row)
+        print(row, flush=True)
+    if args.profile:
+        args.profile.write_text(profile(driver, args.profile_batch, args.prompt_len))
+    result |= {"torch": torch.__version__, "triton": __import__("triton").__version__}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
