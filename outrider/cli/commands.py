@@ -101,7 +101,7 @@ def _run(command: Command, argv: list[str]) -> int:
 
 
 def _names_a_model(word: str) -> bool:
-    return "/" in word or word.endswith(".gguf") or os.path.isdir(word)
+    return "/" in word or word.endswith(".gguf") or os.path.isfile(os.path.join(word, "config.json"))
 
 
 def _incomplete(argv: list[str]) -> int:

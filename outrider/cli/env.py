@@ -43,9 +43,8 @@ for i in range(torch.cuda.device_count()):
     print(f"GPU {i}: {p.name}, {p.total_memory / 2**30:.1f} GiB, sm_{p.major}{p.minor}")
 if not torch.cuda.is_available():
     print("GPU: none")
-from outrider import kernels
-table = getattr(kernels, "kernel_table", None)
-for op, name in (table("cuda" if torch.cuda.is_available() else "cpu") if table else {}).items():
+from outrider.kernels import op_table
+for op, name in op_table(torch.device("cuda" if torch.cuda.is_available() else "cpu")).items():
     print(f"kernel {op}: {name}")
 """
 

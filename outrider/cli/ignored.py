@@ -32,6 +32,9 @@ class IgnoredConfig:
     tokenizer_revision: str | None = _ignored(None, "--revision names the revision of both", "Model")
     skip_tokenizer_init: bool = _ignored(False, "the tokenizer is always loaded", "Model")
     model_impl: str = _ignored("auto", "there is one implementation of each model", "Model")
+    task: str = _ignored("auto", "only text generation is served", "Model")
+    config_format: str = _ignored("auto", _FIXED, "Model")
+    hf_config_path: str | None = _ignored(None, "config.json is read from the model", "Model")
     runner: str = _ignored("auto", "only text generation is served", "Model")
     convert: str = _ignored("auto", "only text generation is served", "Model")
     logprobs_mode: str = _ignored("raw_logprobs", "logprobs are always raw", "Model")
@@ -53,6 +56,10 @@ class IgnoredConfig:
     cpu_offload_gb: float = _ignored(0.0, _UNSUPPORTED, "Cache")
     swap_space: float = _ignored(0.0, "preempted requests are recomputed", "Cache")
 
+    use_v2_block_manager: bool = _ignored(False, "there is one block manager", "Scheduler")
+    preemption_mode: str | None = _ignored(None, "preempted requests are recomputed", "Scheduler")
+    scheduler_delay_factor: float = _ignored(0.0, "requests start as soon as they fit", "Scheduler")
+    num_lookahead_slots: int = _ignored(0, _UNSUPPORTED, "Scheduler")
     num_scheduler_steps: int = _ignored(1, "every step is scheduled", "Scheduler")
     max_num_scheduled_tokens: int | None = _ignored(
         None, "--max-num-batched-tokens bounds the step", "Scheduler"
@@ -84,6 +91,9 @@ class IgnoredConfig:
     master_port: int = _ignored(29_501, _OWN_RANKS, "Parallel")
     headless: bool = _ignored(False, _OWN_RANKS, "Parallel")
     api_server_count: int = _ignored(1, "one front end serves", "Parallel", short="-asc")
+    worker_use_ray: bool = _ignored(False, _OWN_RANKS, "Parallel")
+    max_parallel_loading_workers: int | None = _ignored(None, "every rank loads its own part", "Parallel")
+    disable_frontend_multiprocessing: bool = _ignored(False, "the engine has its own process", "Parallel")
     disable_custom_all_reduce: bool = _ignored(False, "the collectives are NCCL's", "Parallel")
     device_ids: list[str] = _ignored([], "set CUDA_VISIBLE_DEVICES", "Parallel")
 
@@ -91,6 +101,8 @@ class IgnoredConfig:
     optimization_level: int = _ignored(2, _NO_COMPILE, "Compilation")
     performance_mode: str = _ignored("balanced", _FIXED, "Compilation")
     cudagraph_capture_sizes: list[str] = _ignored([], "graph sizes follow --max-num-seqs", "Compilation")
+    cuda_graph_sizes: list[str] = _ignored([], "graph sizes follow --max-num-seqs", "Compilation")
+    max_seq_len_to_capture: int | None = _ignored(None, "graphs hold for any length", "Compilation")
     max_cudagraph_capture_size: int | None = _ignored(
         None, "graph sizes follow --max-num-seqs", "Compilation"
     )
@@ -102,6 +114,7 @@ class IgnoredConfig:
 
     mm_processor_kwargs: dict[str, Any] = _ignored({}, "the checkpoint's values are used", "Multimodal")
     mm_processor_cache_gb: float = _ignored(4.0, "images are cached by their KV blocks", "Multimodal")
+    disable_mm_preprocessor_cache: bool = _ignored(False, "images are cached by KV blocks", "Multimodal")
     mm_encoder_tp_mode: str = _ignored("weights", _FIXED, "Multimodal")
     media_io_kwargs: dict[str, Any] = _ignored({}, "images are the only media", "Multimodal")
     interleave_mm_strings: bool = _ignored(False, "images keep their places in the text", "Multimodal")
@@ -122,6 +135,7 @@ class IgnoredConfig:
     tool_call_parser: str | None = _ignored(None, "every form of tool call is recognized", "Chat")
     tool_parser_plugin: str = _ignored("", "no code is loaded by name", "Chat")
     tool_server: str | None = _ignored(None, "tools are run by the client", "Chat")
+    enable_reasoning: bool = _ignored(False, _UNSUPPORTED, "Chat")
     reasoning_parser: str = _ignored("", _UNSUPPORTED, "Chat")
     chat_template_content_format: str = _ignored("auto", "found from the template", "Chat")
     trust_request_chat_template: bool = _ignored(False, "templates of requests are refused", "Chat")

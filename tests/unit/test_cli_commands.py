@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -75,6 +77,7 @@ sys.exit(code)
         (["--port", "99999"], "out of range"),
         (["check", "--nope"], "--nope"),
         (["check"], "FILE.yaml"),
+        (["tests"], "'tests' is not a command"),
     ],
 )
 def test_a_wrong_command_line_exits_with_2_and_one_line(
@@ -199,6 +202,28 @@ def test_clients_are_refused_until_the_socket_listens() -> None:
         assert sockets.url_of(sock, ServerConfig(host="127.0.0.1")).startswith("http://127.0.0.1:")
 
 
+def test_open_file_limit_is_raised_as_far_as_allowed() -> None:
+    """Guards against the 257th stream failing under a shell's soft limit, and against asking beyond the hard one."""
+    code = """
+import resource
+from outrider.cli.sockets import raise_open_file_limit
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+hard = 4096 if hard == resource.RLIM_INFINITY else min(hard, 4096)
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+raise_open_file_limit()
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_env_reports_versions_and_kernels() -> None:
+    """Guards against a bug report without the facts: the installed torch, and a kernel for each operation."""
+    done = outrider_program("env")
+    assert done.returncode == 0, done.stderr
+    assert f"torch: {importlib.metadata.version('torch')}\n" in done.stdout
+    assert "kernel attention: " in done.stdout and "memory: " in done.stdout
+
+
 def test_unix_socket_replaces_a_dead_one_and_nothing_else(tmp_path: Path) -> None:
     """Guards against deleting a user's file, or the socket of a server that is alive."""
     path = tmp_path / "s.sock"
@@ -292,5 +317,5 @@ def test_log_lines_have_the_usual_form() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     pattern = r"\(APIServer pid=\d+\) INFO \d\d-\d\d \d\d:\d\d:\d\d \[<?\w+(\.py|>)?:\d+\] hello\n"
-    assert __import__("re").fullmatch(pattern, done.stderr), done.stderr
+    assert re.fullmatch(pattern, done.stderr), done.stderr
     assert logging.getLogger("x").level == logging.NOTSET

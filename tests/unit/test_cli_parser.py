@@ -78,6 +78,7 @@ COMMON = """\
 --speculative-config '{"method": "ngram"}' -O2 --performance-mode balanced
 --cudagraph-capture-sizes 1 2 4 --max-cudagraph-capture-size 512
 --structured-outputs-config '{"backend": "auto"}' --kv-transfer-config '{}' --additional-config '{}'
+--task generate --use-v2-block-manager --disable-frontend-multiprocessing --max-seq-len-to-capture 8k
 --otlp-traces-endpoint u --collect-detailed-traces all --kv-cache-metrics --cudagraph-metrics
 """
 

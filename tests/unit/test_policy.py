@@ -33,6 +33,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "text": ("models.gguf",),
     "engine.client": ("engine.protocol", "engine.messages"),
     "engine.process": ("engine", "runner.setup"),
+    "engine.guidance": ("engine", "text"),
     "engine": (),
     "runner": ("engine", "models", "quant", "kernels"),
     "models": ("quant", "kernels"),
