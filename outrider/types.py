@@ -114,7 +114,8 @@ class TokenEvent(msgspec.Struct, array_like=True):
 
     ``stop_reason`` is the stopping token id when it is not the primary eos (``eos_token_ids[0]``).
     ``prompt_logprobs`` (one entry per prompt position, the first None) comes with the first event.
-    ``error`` is a fixed sentence for the client when ``finish_reason`` is ``error``.
+    ``error`` is a fixed sentence for the client when ``finish_reason`` is ``error``, and ``error_status`` its HTTP
+    status: 400 when the request itself is at fault (a grammar that cannot be built), 500 otherwise.
     """
 
     request_id: str
@@ -125,6 +126,7 @@ class TokenEvent(msgspec.Struct, array_like=True):
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    error_status: int = 500
 
 
 class RowInit(msgspec.Struct, frozen=True, array_like=True):

@@ -93,6 +93,7 @@ def _merged(first: TokenEvent, second: TokenEvent) -> TokenEvent:
         first.prompt_logprobs or second.prompt_logprobs,
         first.num_cached_tokens or second.num_cached_tokens,
         second.error,
+        second.error_status,
     )
 
 

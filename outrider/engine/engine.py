@@ -84,6 +84,8 @@ class Engine:
         """Let the launched steps end, then free the devices."""
         while self._in_flight:
             self._in_flight.popleft()[1].wait()
+        if self._compiler is not None:
+            self._compiler.close()
         self._executor.shutdown()
 
     def _collect_grammars(self) -> list[TokenEvent]:
@@ -97,4 +99,4 @@ class Engine:
 
 
 def _failed(request: Request, error: str) -> TokenEvent:
-    return TokenEvent(request.request_id, [], FINISH_ERROR, error=error)
+    return TokenEvent(request.request_id, [], FINISH_ERROR, error=error, error_status=400)

@@ -1,6 +1,7 @@
-"""Structured output: grammars compiled off the engine's loop, token masks while the device works.
+"""The seam between the scheduler and whatever constrains text: the state of one sequence, and its builder.
 
-Called by ``engine`` (compile) and ``scheduler`` (mask, advance). Wraps ``llguidance``; knows no HTTP.
+Called by ``engine`` (compile) and ``scheduler`` (mask, advance). The implementation over ``llguidance`` is
+``engine/guidance.py``; tests bring their own. Knows no HTTP and no text.
 """
 
 from __future__ import annotations
@@ -16,6 +17,16 @@ class Grammar(Protocol):
     @property
     def is_finished(self) -> bool:
         """Whether the text is complete and nothing may follow."""
+        ...
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether ``mask`` would return (almost) at once; a sequence whose mask is late skips a step."""
+        ...
+
+    @property
+    def error(self) -> str | None:
+        """Why this grammar cannot go on (a limit was reached), as a sentence for the client; None while it can."""
         ...
 
     def mask(self) -> bytes:
@@ -45,4 +56,8 @@ class GrammarCompiler(Protocol):
 
     def collect(self) -> list[tuple[Request, Grammar | None, str | None]]:
         """Finished builds: ``(request, grammar, None)`` or ``(request, None, error sentence)``."""
+        ...
+
+    def close(self) -> None:
+        """End what runs in the background."""
         ...

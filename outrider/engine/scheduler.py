@@ -220,8 +220,8 @@ class Scheduler:
             return False
         if self.limits.one_plan_per_sequence and seq.num_pending:
             return False
-        if seq.grammar is not None and seq.num_pending:
-            return False  # the mask of the next token depends on the unread one
+        if seq.grammar is not None and (seq.num_pending or not seq.grammar.is_ready):
+            return False  # the mask of the next token depends on the unread one, or is still being computed
         # A new chunk waits for the old one's commit, so that a sequence never holds two chunks.
         at_border = self.kv.chunk_start(seq.num_computed) == seq.num_computed > 0
         return not (at_border and seq.in_flight)
@@ -342,6 +342,7 @@ class Scheduler:
         reason, stop_reason = self._end_of(seq, token_id)
         if reason is not None:
             self._finish(seq, reason)
+        error = seq.grammar.error if seq.grammar is not None and reason == FINISH_ERROR else None
         return TokenEvent(
             seq.request.request_id,
             [token_id],
@@ -350,6 +351,8 @@ class Scheduler:
             [logprobs] if logprobs is not None else None,
             [None, *seq.prompt_logprobs] if first and seq.prompt_logprobs else None,
             seq.num_cached if first else 0,
+            error,
+            400 if error else 500,
         )
 
     def _end_of(self, seq: Sequence, token_id: int) -> tuple[str | None, int | None]:
@@ -357,6 +360,8 @@ class Scheduler:
         sampling = seq.request.sampling
         if seq.grammar is not None:
             seq.grammar.advance(token_id)
+            if seq.grammar.error is not None:
+                return FINISH_ERROR, None
         if token_id in sampling.end_token_ids and seq.num_read > sampling.min_tokens:
             primary = bool(sampling.eos_token_ids) and token_id == sampling.eos_token_ids[0]
             return FINISH_STOP, None if primary and token_id not in sampling.stop_token_ids else token_id
