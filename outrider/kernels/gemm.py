@@ -143,7 +143,7 @@ def _skinny_kernel(
     slots = rows[None, :].to(tl.int64) * num_outputs + outputs[:, None]
     is_last = True
     if SPLIT_K > 1:
-        plane = num_rows.to(tl.int64) * num_outputs
+        plane = num_outputs.to(tl.int64) * num_rows  # num_rows 1 is a constant without .to
         arrivals = arrivals_ptr + tile_m * tl.num_programs(0) + tile_n
         tl.store(partial_ptr + split * plane + slots, acc, mask=mask)
         tl.debug_barrier()

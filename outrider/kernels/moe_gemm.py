@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from outrider.kernels._dispatch import arrival_counters, ceil_div, num_sms, power_of_two_at_least
-from outrider.kernels.moe_dispatch import ROW_PADDING, SortedRows
+from outrider.kernels.moe_dispatch import SortedRows
 from outrider.kernels.quantize import to_fp8
 
 
@@ -93,12 +93,8 @@ def _gate_up_kernel(
         expert, row, end, tile_n = find_tile(offsets_ptr, tile, num_experts, tiles_n, ROWS, BINS)
         gate_row = expert * 2 * inter + tile_n * OUTPUTS
         up_row = gate_row + inter
-        if SWAP:
-            gate = tl.zeros((OUTPUTS, ROWS), tl.float32)
-            up = tl.zeros((OUTPUTS, ROWS), tl.float32)
-        else:
-            gate = tl.zeros((ROWS, OUTPUTS), tl.float32)
-            up = tl.zeros((ROWS, OUTPUTS), tl.float32)
+        gate = tl.zeros((OUTPUTS if SWAP else ROWS, ROWS if SWAP else OUTPUTS), tl.float32)
+        up = tl.zeros((OUTPUTS if SWAP else ROWS, ROWS if SWAP else OUTPUTS), tl.float32)
         for k in tl.range(0, depth, DEPTH):
             x = x_desc.load([row, k])
             w_gate = w_desc.load([gate_row, k])
@@ -173,10 +169,7 @@ def _down_kernel(
         steps = tl.cdiv(tl.cdiv(depth, DEPTH), SPLIT_K)
         first = split * steps * DEPTH
         last = tl.minimum(first + steps * DEPTH, depth)
-        if SWAP:
-            acc = tl.zeros((OUTPUTS, ROWS), tl.float32)
-        else:
-            acc = tl.zeros((ROWS, OUTPUTS), tl.float32)
+        acc = tl.zeros((OUTPUTS if SWAP else ROWS, ROWS if SWAP else OUTPUTS), tl.float32)
         for k in tl.range(first, last, DEPTH):
             x = x_desc.load([row, k])
             w = w_desc.load([w_row, k])
@@ -189,7 +182,7 @@ def _down_kernel(
         is_last = True
         if SPLIT_K > 1:
             slots = rows[:, None].to(tl.int64) * hidden + columns[None, :]
-            plane = num_rows.to(tl.int64) * hidden
+            plane = hidden.to(tl.int64) * num_rows  # num_rows 1 is a constant without .to
             tl.store(partial_ptr + split * plane + slots, acc, mask=mask)
             tl.debug_barrier()
             is_last = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == SPLIT_K - 1
