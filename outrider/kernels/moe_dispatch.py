@@ -46,7 +46,7 @@ def _route_kernel(
     K: tl.constexpr,
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,
-):  # noqa: E501
+):
     tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     experts = tl.arange(0, BINS)
     mask = (tokens[:, None] < num_tokens) & (experts[None, :] < num_experts)

@@ -10,6 +10,18 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from outrider.kernels._dispatch import on_gpu
+from outrider.kernels.gemm import fp8_linear
+from outrider.kernels.nvfp4_decode import FP8_SHIFT
+from outrider.kernels.nvfp4_gemm import (
+    Nvfp4Tile,
+    dequantize_nvfp4_triton,
+    nvfp4_gemm_triton,
+    nvfp4_to_fp8_triton,
+    to_planes_triton,
+)
+from outrider.kernels.quantize import FP8_MAX, quantize_fp8_rowwise
+
 BLOCK_SIZE = 16
 """Elements along the input dimension that share one e4m3 scale (NVFP4 format)."""
 
@@ -19,7 +31,15 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -
 E2M1_BOUNDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 """Midpoints between neighbouring magnitudes; a tie goes to the even code."""
 
-FP8_MAX = 448.0
+BF16_TILES = (
+    (16, Nvfp4Tile(16, 64, 16, 4, 4, split_k=4)),
+    (64, Nvfp4Tile(64, 64, 16, 3, 4, split_k=2)),
+)
+FP8_TILES = (
+    (16, Nvfp4Tile(16, 64, 32, 3, 4, split_k=4)),
+    (64, Nvfp4Tile(64, 64, 32, 3, 4, split_k=2)),
+)
+"""(most rows, tile); above, the weights are decoded to memory first. Estimates, not yet measured."""
 
 
 def nvfp4_linear(
@@ -35,7 +55,33 @@ def nvfp4_linear(
     ``fp8_activations`` rounds weights (after block scaling) and activations (scale a row) to e4m3: about 3 %
     relative noise instead of none, for batches where bf16 arithmetic is the limit.
     """
-    return nvfp4_linear_reference(x, packed, block_scale, global_scale)
+    if not on_gpu(x):
+        return nvfp4_linear_reference(x, packed, block_scale, global_scale)
+    return nvfp4_linear_triton(x, packed, block_scale, global_scale, fp8_activations)
+
+
+def nvfp4_linear_triton(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    block_scale: torch.Tensor,
+    global_scale: torch.Tensor,
+    fp8_activations: bool = False,
+    tile: Nvfp4Tile | None = None,
+) -> torch.Tensor:
+    """``nvfp4_linear`` on the GPU: decoded inside the product for few rows, once beforehand for many."""
+    num_rows, num_outputs = x.shape[0], packed.shape[0]
+    table = FP8_TILES if fp8_activations else BF16_TILES
+    tile = tile or next((entry for most_rows, entry in table if num_rows <= most_rows), None)
+    if tile is None and fp8_activations:
+        codes, row_scale = quantize_fp8_rowwise(x)
+        w_scale = (global_scale * float(1 << FP8_SHIFT)).expand(num_outputs).contiguous()
+        return fp8_linear(codes, nvfp4_to_fp8_triton(packed, block_scale), row_scale, w_scale, x.dtype)
+    if tile is None:
+        return F.linear(x, dequantize_nvfp4_triton(packed, block_scale, global_scale, x.dtype))
+    out = torch.empty((num_rows, num_outputs), dtype=x.dtype, device=x.device)
+    planes = to_planes_triton(x, num_rows, tile.blocks, fp8_activations)
+    nvfp4_gemm_triton(planes, packed, block_scale, global_scale, out, tile)
+    return out
 
 
 def nvfp4_linear_reference(
