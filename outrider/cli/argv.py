@@ -51,6 +51,12 @@ def merge_maps(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def with_dashes(token: str) -> str:
+    """``--max_model_len=a_b`` -> ``--max-model-len=a_b``; values and short flags stay as they are."""
+    name, equals, value = token.partition("=")
+    return name.replace("_", "-") + equals + value if _is_flag(name) else token
+
+
 def _is_flag(token: str) -> bool:
     return bool(re.match(r"--?[A-Za-z]", token))
 

@@ -22,7 +22,7 @@ def run(argv: list[str]) -> int:
     parser = Parser(prog="outrider check", description="Check a YAML file of settings, report every error.")
     parser.add_argument("file", nargs="?", type=Path, help="the file that 'serve --config' would read")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of such files instead")
-    args = parser.parse_args(argv)
+    args = parser.parse_all(argv)
     if args.schema:
         print(json.dumps(config_schema(), indent=2))
         return 0

@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 
 from outrider import __version__
+from outrider.cli.argv import with_dashes
 from outrider.cli.options import nearest
 from outrider.cli.parser import Parser
 from outrider.errors import ConfigError, OutriderError
@@ -97,7 +98,7 @@ def _run(command: Command, argv: list[str]) -> int:
         return int(module.run(argv))
     parser = Parser(prog=f"outrider {command.name}", description=command.help + ".")
     module.add_arguments(parser)
-    return int(module.run(parser.parse_args(argv)))
+    return int(module.run(parser.parse_all([with_dashes(token) for token in argv])))
 
 
 def _names_a_model(word: str) -> bool:

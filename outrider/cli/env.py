@@ -51,7 +51,7 @@ for op, name in op_table(torch.device("cuda" if torch.cuda.is_available() else "
 
 def run(argv: list[str]) -> int:
     """The command: print the report; 1 when torch itself cannot be loaded."""
-    Parser(prog="outrider env", description="Print versions, devices and the kernel table.").parse_args(argv)
+    Parser(prog="outrider env", description="Print versions, devices and the kernel table.").parse_all(argv)
     print("outrider:", __version__)
     print("python:", sys.version.split()[0], "on", platform.platform())
     print("cores:", os.cpu_count(), f"({len(os.sched_getaffinity(0))} usable)")

@@ -34,6 +34,16 @@ class Settings:
 class Parser(argparse.ArgumentParser):
     """argparse that raises ConfigError with a sentence instead of printing usage and exiting."""
 
+    def parse_all(self, argv: list[str]) -> argparse.Namespace:
+        """Parse ``argv``; an argument that is not known is refused with the nearest flag."""
+        namespace, unknown = self.parse_known_args(argv)
+        if not unknown:
+            return namespace
+        name = next((token.split("=")[0] for token in unknown if token.startswith("-")), None)
+        if name is None:
+            raise ConfigError(f"{unknown[0]!r} is one argument too many for {self.prog}.")
+        raise ConfigError(f"{name} is not a flag of {self.prog}{nearest(name, self._option_string_actions)}")
+
     def error(self, message: str) -> NoReturn:
         """Turn argparse's message into a ConfigError."""
         flag, ignored, value = message.partition(": ignored explicit argument ")
@@ -46,10 +56,7 @@ class Parser(argparse.ArgumentParser):
 def parse_serve(argv: list[str]) -> Settings:
     """The configs for ``outrider serve ARGV``."""
     tokens, maps = normalize(argv)
-    namespace, unknown = build_parser().parse_known_args(tokens)
-    if unknown:
-        raise ConfigError(_unknown_sentence(unknown))
-    given = vars(namespace)
+    given = vars(build_parser().parse_all(tokens))
     positional = given.pop("model_tag", None)
     file_path = given.pop("config", None)
     settings = read_yaml(Path(file_path)) if file_path else {}
@@ -120,17 +127,6 @@ def _converter(item: Option) -> Any:
         return item.from_text(text)
 
     return convert
-
-
-def _unknown_sentence(unknown: list[str]) -> str:
-    """One sentence for what argparse did not know, naming the nearest flag."""
-    flags = [token for token in unknown if token.startswith("-")]
-    if not flags:
-        return f"{unknown[0]!r} is one argument too many; give one MODEL and start every option with --."
-    name = flags[0].split("=")[0]
-    options = all_options().values()
-    known = [o.flag for o in options] + [f"--no-{o.key}" for o in options if o.kind is bool] + ["--config"]
-    return f"{name} is not a flag of outrider serve{nearest(name, known)}"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

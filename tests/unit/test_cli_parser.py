@@ -178,7 +178,7 @@ def test_secrets_are_not_shown() -> None:
         ("--gpu-memory-utilization nan", "is not a number"),
         ("--enable-prefix-caching=false", "write --enable-prefix-caching or --no-enable-prefix-caching"),
         ("--dtype int8", "use one of auto"),
-        ("one two", "one argument too many"),
+        ("one two", "'two' is one argument too many"),
         ("--max-num 3", "could match"),
         ("--tensor-parallel-size", "expected one argument"),
         ("--override-generation-config {", "is not JSON"),
