@@ -15,16 +15,18 @@ import httpx
 from tokenizers import Tokenizer
 
 from outrider.errors import ConfigError
+from outrider.text.gguf_tokenizer import read_gguf_tokenizer
 from outrider.tools.bench_datasets import TextCodec
 
 
 class LocalCodec:
-    """A ``tokenizer.json`` through the ``tokenizers`` library."""
+    """A ``tokenizer.json`` or the tokenizer inside a ``.gguf``, through the ``tokenizers`` library."""
 
     def __init__(self, file: Path) -> None:
         self.source = str(file)
         try:
-            self._tokenizer = Tokenizer.from_file(str(file))
+            is_gguf = file.suffix == ".gguf"
+            self._tokenizer = read_gguf_tokenizer(file)[0] if is_gguf else Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises a bare Exception for a malformed file
             raise ConfigError(f"Cannot read the tokenizer {file}: {error}") from error
 
@@ -109,7 +111,7 @@ def open_codec(name: str, server: ServerCodec | None) -> TextCodec:
     """The tokenizer called ``name`` (folder, file or hub id), or the server's. Raises ConfigError if none."""
     path = Path(name)
     file = path / "tokenizer.json" if path.is_dir() else path
-    if file.is_file() and file.suffix == ".json":
+    if file.is_file() and file.suffix in (".json", ".gguf"):
         return LocalCodec(file)
     is_hub_id = not path.exists() and 1 <= name.count("/") <= 1
     if is_hub_id and (cached := _hub_file(name, local_only=True)):
@@ -119,7 +121,7 @@ def open_codec(name: str, server: ServerCodec | None) -> TextCodec:
     if is_hub_id and (downloaded := _hub_file(name, local_only=False)):
         return LocalCodec(downloaded)
     raise ConfigError(
-        f"No tokenizer: {name!r} is no folder with tokenizer.json, is not on the hub or in its cache, the "
+        f"No tokenizer: {name!r} is no folder with tokenizer.json and no .gguf, is not on the hub or in its cache, the "
         "server has no /tokenize; give --tokenizer FOLDER."
     )
 
