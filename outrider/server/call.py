@@ -96,7 +96,12 @@ class Call:
         return self.context.model_names[0]
 
     def generation(
-        self, body: SamplingBody, prompts: list[Prompt], params: list[SamplingParams]
+        self,
+        body: SamplingBody,
+        prompts: list[Prompt],
+        params: list[SamplingParams],
+        *,
+        score_only: bool = False,
     ) -> Generation:
         """The started generation of all prompts and choices."""
         n = body.n or 1
@@ -114,6 +119,7 @@ class Call:
             cache_salt=self.cache_salt,
             priority=body.priority or 0,
             skip_special_tokens=body.skip_special_tokens is not False,
+            score_only=score_only,
         )
         generation.start()
         return generation

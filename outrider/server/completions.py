@@ -50,8 +50,8 @@ async def create_completion(context: ServerContext, http: HttpRequest, body: Com
         )
         for prompt in prompts
     ]
-    generation = call.generation(body, prompts, params)
-    writers = [_ChoiceWriter(context, body, choice, max_tokens == 0) for choice in generation.choices]
+    generation = call.generation(body, prompts, params, score_only=max_tokens == 0)
+    writers = [_ChoiceWriter(context, body, choice) for choice in generation.choices]
     return await call.answer(
         body,
         generation,
@@ -63,14 +63,11 @@ async def create_completion(context: ServerContext, http: HttpRequest, body: Com
 class _ChoiceWriter:
     """Adds to a choice's deltas what the body asks for: echo, log probabilities, token ids."""
 
-    def __init__(
-        self, context: ServerContext, body: CompletionBody, choice: Choice, score_only: bool
-    ) -> None:
+    def __init__(self, context: ServerContext, body: CompletionBody, choice: Choice) -> None:
         prompt_ids = choice.request.prompt_token_ids
         self.prompt_ids = prompt_ids if body.return_token_ids else None
-        self.plain = not (body.echo or body.logprobs is not None or body.return_token_ids or score_only)
+        self.plain = not (body.echo or body.logprobs is not None or body.return_token_ids)
         self._tokenizer = context.tokenizer
-        self._score_only = score_only
         self._echo_ids = prompt_ids if body.echo and not body.return_token_ids else None
         self._logprobs = None
         if body.logprobs is not None:
@@ -79,9 +76,6 @@ class _ChoiceWriter:
 
     def apply(self, delta: Delta, prompt: Prompt) -> CompletionLogprobs | None:
         """Edit ``delta`` in place and return the log probabilities of its text."""
-        if self._score_only:  # the engine had to generate one token; the client asked for none
-            delta.text, delta.token_ids, delta.logprobs, delta.stop_reason = "", [], None, None
-            delta.finish_reason = "length" if delta.finish_reason else None
         ids = delta.token_ids
         entries: list[TokenLogprobs | None] = list(delta.logprobs or [])
         if self._echo_ids is not None:

@@ -23,6 +23,7 @@ from outrider.text.detokenizer import Detokenizer
 from outrider.types import (
     FINISH_ABORT,
     FINISH_ERROR,
+    FINISH_LENGTH,
     FINISH_STOP,
     ImageInput,
     Request,
@@ -58,7 +59,13 @@ class Choice:
     """One continuation: its engine request, its text so far and its numbers."""
 
     def __init__(
-        self, context: ServerContext, index: int, request: Request, skip_special_tokens: bool
+        self,
+        context: ServerContext,
+        index: int,
+        request: Request,
+        *,
+        skip_special_tokens: bool,
+        score_only: bool,
     ) -> None:
         sampling = request.sampling
         self.index = index
@@ -66,6 +73,7 @@ class Choice:
         self.finished = False
         self.engine_done = False
         self.num_cached_tokens = 0
+        self._score_only = score_only
         self._include_stop = sampling.include_stop_str_in_output
         self._detokenizer = Detokenizer(
             context.tokenizer,
@@ -79,7 +87,7 @@ class Choice:
     @property
     def num_tokens(self) -> int:
         """Generated tokens so far: the end token and the tokens of a stop string count."""
-        return self._detokenizer.num_tokens
+        return 0 if self._score_only else self._detokenizer.num_tokens
 
     def feed(self, event: TokenEvent) -> Delta:
         """Consume an event. After a stop string the delta is final though the engine does not know it yet."""
@@ -106,6 +114,8 @@ class Choice:
             delta.text += detokenizer.finish()
         if delta.finish_reason is not None:
             self.close(delta.finish_reason)
+        if self._score_only:  # the engine had to generate one token; the client asked for none
+            return Delta("", [], None, event.prompt_logprobs, delta.finish_reason and FINISH_LENGTH)
         return delta
 
     def close(self, reason: str) -> None:
@@ -129,8 +139,12 @@ class Generation:
         cache_salt: str,
         priority: int,
         skip_special_tokens: bool,
+        score_only: bool,
     ) -> None:
-        """``params[i]`` belongs to ``prompts[i]``. Nothing is submitted before ``start``."""
+        """``params[i]`` belongs to ``prompts[i]``; ``score_only`` hides the generated tokens.
+
+        Nothing is submitted before ``start``.
+        """
         self._engine: EngineClient = context.engine
         self._metrics: Metrics = context.metrics
         self.prompts = prompts
@@ -149,7 +163,8 @@ class Generation:
                     cache_salt=cache_salt,
                     images=prompt.images,
                 ),
-                skip_special_tokens,
+                skip_special_tokens=skip_special_tokens,
+                score_only=score_only,
             )
             for p, (prompt, sampling) in enumerate(zip(prompts, params, strict=True))
             for k in range(n)
@@ -200,16 +215,21 @@ class Generation:
     def close(self) -> None:
         """Abort what has not ended. Idempotent."""
         for choice, _ in zip(self.choices, self._streams, strict=False):
-            if not choice.engine_done:
-                self._engine.abort(choice.request.request_id)
+            self._abort(choice)
         for choice in self.choices:
             choice.close(FINISH_ABORT)
 
     def _feed(self, choice: Choice, event: TokenEvent) -> Delta:
         delta = choice.feed(event)
-        if choice.finished and not choice.engine_done:  # a stop string: the engine would go on
-            self._engine.abort(choice.request.request_id)
+        if choice.finished:
+            self._abort(choice)
         return delta
+
+    def _abort(self, choice: Choice) -> None:
+        """Tell the engine that nobody waits any more (after a stop string it would go on); once."""
+        if not choice.engine_done:
+            choice.engine_done = True
+            self._engine.abort(choice.request.request_id)
 
     async def _merged(self) -> AsyncIterator[list[tuple[Choice, TokenEvent]]]:
         """Events of all streams as they come; those that arrive while the consumer is busy come together."""
