@@ -58,7 +58,7 @@ def bench_silu(report: Report, tokens: int) -> None:
     x = random(tokens, 2 * INTER)
     gate, up = x.double().chunk(2, -1)
     expect("silu_mul", silu_mul(x), torch.nn.functional.silu(gate) * up, 1e-2)
-    expect("silu_mul fp8", silu_mul(x, scale).float(), silu_mul_reference(x, scale).float(), 1e-3)
+    expect("silu_mul fp8", silu_mul(x, scale).float(), silu_mul_reference(x, scale).float(), 1e-2)
     num_bytes = tokens * INTER * (4 + 1)
     inputs = [random(tokens, 2 * INTER) for _ in range(sets(num_bytes))]
     calls: list[Callable[[], object]] = [lambda x=x: silu_mul(x, scale) for x in inputs]
@@ -87,7 +87,7 @@ def bench_rope(report: Report, tokens: int, interleaved: bool) -> None:
         qkv.cpu().float(), positions.cpu(), cpu_spec, k, v, slots.cpu(), 0.02, 0.03
     )
     expect("rope q", q.cpu(), expected, 1e-2)
-    expect("rope cache", cache.cpu().float(), copy.float(), 2e-2)
+    expect("rope cache", cache.cpu().float(), copy.float(), 4e-2)
     num_bytes = tokens * D * ((H + 2 * K) * 2 + H * 2 + 2 * K)
     inputs = [random(tokens, (H + 2 * K) * D) for _ in range(sets(num_bytes))]
     calls: list[Callable[[], object]] = [lambda x=x, i=i: run(x, i % 4) for i, x in enumerate(inputs)]

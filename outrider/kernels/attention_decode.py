@@ -110,7 +110,13 @@ def _decode_kernel(
 
     best = tl.full([16], float("-inf"), tl.float32)
     total = tl.zeros([16], tl.float32)
-    acc = tl.zeros([16, D], tl.float32)
+    # FP8 values are read as pairs of 16 bits: the matrix units want two tokens side by side, a transposition that
+    # shared memory offers for 16-bit elements only. Even and odd dimensions then have a product each.
+    PAIRS: tl.constexpr = v_ptr.dtype.element_ty == tl.float8e4nv
+    acc = tl.zeros([16, D // 2 if PAIRS else D], tl.float32)
+    if PAIRS:
+        v_ptr = v_ptr.to(tl.pointer_type(tl.int16))
+        acc_odd = tl.zeros([16, D // 2], tl.float32)
     for tile in tl.range(first, end):
         start = tile * TILE
         k = load_kv(k_ptr, table_ptr, start, length, block_stride, BLOCK_SIZE, TILE, D)
@@ -121,9 +127,19 @@ def _decode_kernel(
         shrink = tl.exp2(best - new_best)
         probs = tl.exp2(scores - new_best[:, None])
         total = total * shrink + tl.sum(probs, 1)
-        v = load_kv(v_ptr, table_ptr, start, length, block_stride, BLOCK_SIZE, TILE, D)
-        acc = acc * shrink[:, None] + tl.dot(probs.to(COMPUTE), v.to(COMPUTE), input_precision="ieee")
+        probs = probs.to(COMPUTE)
+        if PAIRS:
+            pairs = load_kv(v_ptr, table_ptr, start, length, block_stride // 2, BLOCK_SIZE, TILE, D // 2)
+            low = pairs.to(tl.int8).to(tl.float8e4nv, bitcast=True).to(COMPUTE)
+            high = (pairs >> 8).to(tl.int8).to(tl.float8e4nv, bitcast=True).to(COMPUTE)
+            acc = tl.dot(probs, low, acc * shrink[:, None])
+            acc_odd = tl.dot(probs, high, acc_odd * shrink[:, None])
+        else:
+            v = load_kv(v_ptr, table_ptr, start, length, block_stride, BLOCK_SIZE, TILE, D)
+            acc = tl.dot(probs, v.to(COMPUTE), acc * shrink[:, None], input_precision="ieee")
         best = new_best
+    if PAIRS:
+        acc = tl.reshape(tl.join(acc, acc_odd), [16, D])
     if SPLIT:
         place = (seq.to(tl.int64) * tl.num_programs(0) * GROUP + head) * num_splits + split
         tl.store(lse_ptr + place, best + tl.log2(total), mask=rows < GROUP)
