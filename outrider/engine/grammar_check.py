@@ -178,7 +178,7 @@ def build_matcher(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
 
 def to_guidance(spec: GrammarSpec) -> str:
     """The constraint in llguidance's notation. Raises ``ValueError`` when it cannot be read at all."""
-    from llguidance import LLMatcher, grammar_from
+    from llguidance import LLMatcher, grammar_from, regex_to_lark
 
     match spec.kind:
         case "json_schema" | "json_object":
@@ -187,8 +187,8 @@ def to_guidance(spec: GrammarSpec) -> str:
             return LLMatcher.grammar_from_json_schema(
                 schema, defaults={"coerce_one_of": True, "whitespace_pattern": JSON_WHITESPACE}
             )
-        case "regex":
-            return LLMatcher.grammar_from_regex(spec.text)
+        case "regex":  # \d, \w and \s are ASCII, as in the other servers of this API
+            return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(spec.text, 'dws')}/")
         case "choice":  # one lexeme, however many choices: parser rows stay small
             choices = " | ".join(json.dumps(text, ensure_ascii=False) for text in json.loads(spec.text))
             return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}")
