@@ -120,12 +120,12 @@ def _decode_kernel(
     for tile in tl.range(first, end):
         start = tile * TILE
         k = load_kv(k_ptr, table_ptr, start, length, block_stride, BLOCK_SIZE, TILE, D)
-        scores = tl.dot(q, tl.trans(k.to(COMPUTE)), input_precision="ieee") * score_scale
+        scores = tl.dot(q, tl.trans(k.to(COMPUTE)), input_precision="ieee")
         tokens = start + tl.arange(0, TILE)
         scores = tl.where(((tokens >= begin) & (tokens < length))[None, :], scores, float("-inf"))
         new_best = tl.maximum(best, tl.max(scores, 1))
-        shrink = tl.exp2(best - new_best)
-        probs = tl.exp2(scores - new_best[:, None])
+        shrink = tl.exp2((best - new_best) * score_scale)
+        probs = tl.exp2(scores * score_scale - (new_best * score_scale)[:, None])
         total = total * shrink + tl.sum(probs, 1)
         probs = probs.to(COMPUTE)
         if PAIRS:
@@ -142,7 +142,7 @@ def _decode_kernel(
         acc = tl.reshape(tl.join(acc, acc_odd), [16, D])
     if SPLIT:
         place = (seq.to(tl.int64) * tl.num_programs(0) * GROUP + head) * num_splits + split
-        tl.store(lse_ptr + place, best + tl.log2(total), mask=rows < GROUP)
+        tl.store(lse_ptr + place, best * score_scale + tl.log2(total), mask=rows < GROUP)
         acc = acc / total[:, None]
         tl.store(partial_ptr + place[:, None] * D + dims[None, :], acc, mask=in_group)
     else:

@@ -34,7 +34,7 @@ def _attend(
     for tile in tl.range(tile_first, tile_end):
         start = tile * TILE
         k = load_kv(k_ptr, table_ptr, start, length, block_stride, BLOCK_SIZE, TILE, D)
-        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * score_scale
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
         if MASKED:
             tokens = start + tl.arange(0, TILE)
             visible = tokens[None, :] <= positions[:, None]
@@ -44,8 +44,8 @@ def _attend(
         new_best = tl.maximum(best, tl.max(scores, 1))
         # A row that has seen nothing yet has no maximum to subtract.
         origin = tl.where(new_best == float("-inf"), 0.0, new_best) if MASKED else new_best
-        shrink = tl.exp2(best - origin)
-        probs = tl.exp2(scores - origin[:, None])
+        shrink = tl.exp2((best - origin) * score_scale)
+        probs = tl.exp2(scores * score_scale - (origin * score_scale)[:, None])
         total = total * shrink + tl.sum(probs, 1)
         v = load_kv(v_ptr, table_ptr, start, length, block_stride, BLOCK_SIZE, TILE, D)
         acc = tl.dot(probs.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
