@@ -118,9 +118,9 @@ def _decode(
     k, v = _gather(cache, tables, first, last, q.dtype)
     mask = None
     if any(b != first for b in begins) or any(n != last for n in lengths):
-        j = torch.arange(first, last)
-        mask = (j < torch.tensor(lengths)[:, None]) & (j >= torch.tensor(begins)[:, None])
-        mask = mask[:, None, None]
+        j = torch.arange(first, last, device=q.device)
+        bounds = torch.tensor([begins, lengths], device=q.device)[:, :, None]
+        mask = ((j >= bounds[0]) & (j < bounds[1]))[:, None, None]
     rows = q.reshape(num_seqs, kv_heads, num_heads // kv_heads, head_dim)
     out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=sm_scale)
     if mask is not None and not torch.isfinite(out).all():
@@ -128,7 +128,7 @@ def _decode(
         k, v = (x.masked_fill(~mask.transpose(2, 3), 0) for x in (k, v))
         out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=sm_scale)
     if min(lengths) == 0:
-        out[torch.tensor(lengths) == 0] = 0
+        out[[n == 0 for n in lengths]] = 0
     return out.reshape(num_seqs, num_heads, head_dim)
 
 
@@ -153,7 +153,8 @@ def _prefill(
     plain = start == first and (chunk_size is None or (one_chunk and first % chunk_size == 0))
     mask = None
     if not plain:
-        i, j = torch.arange(start, seq_len).unsqueeze(1), torch.arange(first, seq_len)
+        j = torch.arange(first, seq_len, device=q.device)
+        i = j[start - first :, None]
         mask = j <= i
         if chunk_size is not None:
             mask &= j // chunk_size == i // chunk_size

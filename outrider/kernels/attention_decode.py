@@ -284,9 +284,10 @@ _NUMBERS = {
 }
 _SHAPE = {"GROUP": 5, "D": 128, "BLOCK_SIZE": 64, "TILE": 64, "COMPUTE": tl.float16}
 _MERGE = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "seq_lens_ptr": "*i32", "out_ptr": "*bf16"}
+_OPTIONS = {"num_warps": DecodeTile().num_warps, "num_stages": DecodeTile().num_stages}
 AOT_SPECS = [
-    (_decode_kernel, {**_POINTERS, **_NUMBERS}, {**_SHAPE, "CHUNK": 8192, "SPLIT": True}),
-    (_decode_kernel, {**_POINTERS, **_NUMBERS}, {**_SHAPE, "CHUNK": 0, "SPLIT": False}),
+    (_decode_kernel, {**_POINTERS, **_NUMBERS}, {**_SHAPE, "CHUNK": 8192, "SPLIT": True}, _OPTIONS),
+    (_decode_kernel, {**_POINTERS, **_NUMBERS}, {**_SHAPE, "CHUNK": 0, "SPLIT": False}, _OPTIONS),
     (
         _merge_kernel,
         {**_MERGE, "num_splits": "i32", "v_scale": "fp32"},

@@ -224,7 +224,8 @@ _SIGNATURE = {
     "v_scale": "fp32",
 }
 _SHAPE = {"GROUP": 5, "D": 128, "BLOCK_SIZE": 64, "ROWS": 128, "TILE": 64, "COMPUTE": tl.float16}
+_OPTIONS = {"num_warps": PrefillTile().num_warps, "num_stages": PrefillTile().num_stages}
 AOT_SPECS = [
-    (_prefill_kernel, _SIGNATURE, {**_SHAPE, "CHUNK": 0}),
-    (_prefill_kernel, _SIGNATURE, {**_SHAPE, "CHUNK": 8192}),
+    (_prefill_kernel, _SIGNATURE, {**_SHAPE, "CHUNK": 0}, _OPTIONS),
+    (_prefill_kernel, _SIGNATURE, {**_SHAPE, "CHUNK": 8192}, _OPTIONS),
 ]

@@ -61,24 +61,31 @@ def sample_reference(logits: torch.Tensor, rows: SamplingRows, all_greedy: bool 
 
 
 def _draw(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
-    """The stochastic rows' ids; sorting is fine where vocabularies meet a CPU."""
-    vocab = logits.shape[-1]
+    """The stochastic rows' ids."""
     temperature = torch.where(rows.temperature == 0, 1.0, rows.temperature)
-    probs = torch.softmax(logits.float() / temperature[:, None], dim=-1)
+    kept = torch.softmax(logits.float() / temperature[:, None], dim=-1)
+    threshold = rows.min_p[:, None] * kept.amax(dim=-1, keepdim=True)
+    if bool(((rows.top_k > 0) | (rows.top_p < 1)).any()):
+        threshold = torch.maximum(threshold, _lowest_kept(kept, rows))
+    kept.masked_fill_(kept < threshold, 0)
+    cdf = kept.cumsum(dim=-1)
+    target = rows.uniform[:, None] * cdf[:, -1:]
+    # An equal sum is passed over: it would be an id of no mass. Rounding must not pass the last kept id.
+    ids = torch.searchsorted(cdf, target, right=True)
+    last = torch.searchsorted(cdf, cdf[:, -1:].contiguous())
+    return torch.minimum(ids, last)[:, 0]
+
+
+def _lowest_kept(probs: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """The smallest probability ``[N, 1]`` that top_k and then top_p keep; sorting is fine on a CPU."""
+    vocab = probs.shape[-1]
     ordered = probs.sort(dim=-1, descending=True).values
     k = torch.where(rows.top_k <= 0, vocab, rows.top_k.clamp(max=vocab)).long()
     threshold = ordered.gather(1, k[:, None] - 1)
     mass = ordered.masked_fill(ordered < threshold, 0).cumsum(dim=-1)
     # The first place where the kept mass reaches top_p; a sum that rounding leaves short keeps everything.
     place = (mass < rows.top_p[:, None] * mass[:, -1:]).sum(dim=-1, keepdim=True).clamp_(max=vocab - 1)
-    threshold = torch.maximum(threshold, torch.where(rows.top_p[:, None] < 1, ordered.gather(1, place), 0.0))
-    threshold = torch.maximum(threshold, rows.min_p[:, None] * ordered[:, :1])
-    kept = probs.masked_fill(probs < threshold, 0)
-    cdf = kept.cumsum(dim=-1)
-    ids = (cdf <= rows.uniform[:, None] * cdf[:, -1:]).sum(dim=-1)
-    # Rounding may push the draw past the last kept token.
-    last = vocab - 1 - (kept > 0).flip(-1).int().argmax(dim=-1)
-    return torch.minimum(ids, last)
+    return torch.maximum(threshold, torch.where(rows.top_p[:, None] < 1, ordered.gather(1, place), 0.0))
 
 
 class TopLogprobs(NamedTuple):
@@ -273,8 +280,10 @@ _POINTERS = {
 }
 _SIZES = {"stride": "i32", "vocab": "i32", "num_parts": "i32"}
 _BEST = {"logits_ptr": "*bf16", "best_ptr": "*fp32", "id_ptr": "*i32", "stride": "i32", "vocab": "i32"}
+_CHOOSE = {**_POINTERS, **_SIZES}
+_CHOOSE_SHAPE = {"PARTS": 64, "TILE": DRAW_TILE}
 AOT_SPECS = [
-    (_row_best_kernel, _BEST, {"TILE": BEST_TILE}),
-    (_choose_kernel, {**_POINTERS, **_SIZES}, {"GREEDY": True, "PARTS": 64, "TILE": DRAW_TILE}),
-    (_choose_kernel, {**_POINTERS, **_SIZES}, {"GREEDY": False, "PARTS": 64, "TILE": DRAW_TILE}),
+    (_row_best_kernel, _BEST, {"TILE": BEST_TILE}, {"num_warps": 4}),
+    (_choose_kernel, _CHOOSE, {**_CHOOSE_SHAPE, "GREEDY": True}, {"num_warps": 1}),
+    (_choose_kernel, _CHOOSE, {**_CHOOSE_SHAPE, "GREEDY": False}, {"num_warps": 16}),
 ]
