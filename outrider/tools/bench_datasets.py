@@ -25,6 +25,10 @@ class TextCodec(Protocol):
     """What the datasets need of a tokenizer; ids are Python ints, text is Unicode."""
 
     @property
+    def source(self) -> str:
+        """File or URL it comes from."""
+
+    @property
     def vocab_size(self) -> int:
         """Number of base entries; random offsets and top-up ids are drawn below it."""
 

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     config, tokenizer = located(engine_config_of(args))
     if not hasattr(args, "enable_prefix_caching"):  # absent means that the flag was not typed
         config = replace(config, enable_prefix_caching=False)
-    limit = min(open_codec(str(tokenizer), None).vocab_size, _LARGEST_ID)
+    limit = min(open_codec([str(tokenizer)]).vocab_size, _LARGEST_ID)
     rng = random.Random(config.seed)
 
     def batch() -> list[Work]:

@@ -27,7 +27,7 @@ from outrider.tools.bench_load import LoadResult, Progress, Schedule, Target, ru
 from outrider.tools.bench_metrics import Metrics, compute_metrics, parse_goodput
 from outrider.tools.bench_report import RunInfo, result_json, save_result, text_report
 from outrider.tools.bench_tokenizer import ServerCodec, open_codec
-from outrider.tools.http_api import first_model
+from outrider.tools.http_api import first_model, model_root
 
 add_arguments = flags.add_serve_arguments
 _T = TypeVar("_T")
@@ -60,9 +60,8 @@ def prepare(args: argparse.Namespace) -> tuple[Target, TextCodec | None]:
     model = args.served_model_name or args.model
     codec: TextCodec | None = None
     if args.dataset_name != "custom" or args.tokenizer:
-        server = ServerCodec(base_url, headers, model, insecure=args.insecure)
-        codec = open_codec(args.tokenizer or args.model, server)
-        print(f"Tokenizer: {getattr(codec, 'source', args.tokenizer)}")
+        codec = _find_codec(args, base_url, headers, model)
+        print(f"Tokenizer: {codec.source}")
     target = Target(
         base_url=base_url,
         path=flags.endpoint_from(args),
@@ -76,6 +75,17 @@ def prepare(args: argparse.Namespace) -> tuple[Target, TextCodec | None]:
         extra=flags.extra_body_from(args),
     )
     return target, codec
+
+
+def _find_codec(args: argparse.Namespace, base_url: str, headers: dict[str, str], model: str) -> TextCodec:
+    """``--tokenizer`` and nothing else if given; else the model's, found by name, by path or at the server."""
+    if args.tokenizer:
+        return open_codec([args.tokenizer])
+    root = model_root(base_url, headers, model, verify=not args.insecure)
+    return open_codec(
+        [args.model, root] if root else [args.model],
+        ServerCodec(base_url, headers, model, insecure=args.insecure),
+    )
 
 
 def measure(args: argparse.Namespace, target: Target, codec: TextCodec | None) -> Run:

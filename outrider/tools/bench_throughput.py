@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if args.n < 1:
         raise ConfigError(f"--n is {args.n}; it must be at least 1.")
     config, tokenizer = located(engine_config_of(args))
-    codec = open_codec(str(tokenizer), None)
+    codec = open_codec([str(tokenizer)])
     options = DatasetOptions(
         name=args.dataset_name, path=args.dataset_path, num_prompts=args.num_prompts, seed=config.seed,
         input_len=args.input_len, output_len=args.output_len,

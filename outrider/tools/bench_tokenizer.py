@@ -1,12 +1,13 @@
 """The tokenizer behind the benchmark's prompts: a local ``tokenizer.json``, else the server's own.
 
-``open_codec`` looks at a local folder, the hub cache, the server's ``/tokenize`` and ``/detokenize``, then
-the hub, in that order; the caller prints which it took. Never imports ``transformers``.
+``open_codec`` looks at local files, the hub cache, the server's ``/tokenize`` and ``/detokenize``, then the hub,
+in that order; the caller prints which it took. Never imports ``transformers``.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,10 @@ class ServerCodec:
         """The distinct ids of 4,000 made-up words: a few thousand for a vocabulary of 200,000."""
         rng = random.Random(0)
         letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
-        words = ("".join(rng.choices(letters, k=rng.randint(1, 7))) for _ in range(4000))
-        return sorted(set(self.encode(" ".join(words))))
+        words = ["".join(rng.choices(letters, k=rng.randint(1, 7))) for _ in range(4000)]
+        pieces = [" ".join(words[start : start + 25]) for start in range(0, len(words), 25)]
+        # In small pieces: a server refuses a text that is longer than its context.
+        return sorted({token_id for piece in pieces for token_id in self.encode(piece)})
 
     @cached_property
     def num_special_tokens(self) -> int:
@@ -100,30 +103,43 @@ class ServerCodec:
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         try:
             answer = self._client.post(path, json=body)
-            return dict(answer.raise_for_status().json())
+            if answer.status_code == 200:
+                return dict(answer.json())
+            reason = f"{answer.status_code}: {answer.text[:300]}"
         except (httpx.HTTPError, ValueError) as error:
-            raise ConfigError(
-                f"The server's {path} failed ({error}); give --tokenizer FOLDER instead."
-            ) from error
+            reason = str(error)
+        raise ConfigError(f"The server's {path} failed ({reason}); give --tokenizer FOLDER instead.")
 
 
-def open_codec(name: str, server: ServerCodec | None) -> TextCodec:
-    """The tokenizer called ``name`` (folder, file or hub id), or the server's. Raises ConfigError if none."""
-    path = Path(name)
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if file.is_file() and file.suffix in (".json", ".gguf"):
-        return LocalCodec(file)
-    is_hub_id = not path.exists() and 1 <= name.count("/") <= 1
-    if is_hub_id and (cached := _hub_file(name, local_only=True)):
-        return LocalCodec(cached)
+def open_codec(names: Sequence[str], server: ServerCodec | None = None) -> TextCodec:
+    """The first tokenizer found among ``names`` (folders, files or hub ids), or the server's.
+
+    Files on disk come before the server, the server before a download. Raises ConfigError if there is none.
+    """
+    for file in map(_local_file, names):
+        if file is not None:
+            return LocalCodec(file)
+    hub_ids = [name for name in names if not Path(name).exists() and 1 <= name.count("/") <= 1]
+    for name in hub_ids:
+        if cached := _hub_file(name, local_only=True):
+            return LocalCodec(cached)
     if server is not None and _answers(server):
         return server
-    if is_hub_id and (downloaded := _hub_file(name, local_only=False)):
-        return LocalCodec(downloaded)
+    for name in hub_ids:
+        if downloaded := _hub_file(name, local_only=False):
+            return LocalCodec(downloaded)
+    also = " and the server has no /tokenize" if server is not None else ""
+    tried = " or ".join(map(repr, names))
     raise ConfigError(
-        f"No tokenizer: {name!r} is no folder with tokenizer.json and no .gguf, is not on the hub or in its cache, the "
-        "server has no /tokenize; give --tokenizer FOLDER."
+        f"No tokenizer: {tried} is no folder with tokenizer.json, no .gguf file and not on the hub{also}; "
+        "give --tokenizer FOLDER."
     )
+
+
+def _local_file(name: str) -> Path | None:
+    path = Path(name)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    return file if file.is_file() and file.suffix in (".json", ".gguf") else None
 
 
 def _answers(server: ServerCodec) -> bool:

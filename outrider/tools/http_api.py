@@ -38,3 +38,15 @@ def first_model(url: str, headers: dict[str, str], *, verify: bool = True) -> st
         raise ConfigError(message) from error
     except (LookupError, ValueError, TypeError) as error:
         raise ConfigError(f"{url}/v1/models names no model; give its name.") from error
+
+
+def model_root(url: str, headers: dict[str, str], model: str, *, verify: bool = True) -> str | None:
+    """The ``root`` (checkpoint folder or hub id) that ``/v1/models`` tells of ``model``, if it tells one."""
+    try:
+        answer = httpx.get(f"{url}/v1/models", headers=headers, verify=verify, timeout=10.0)
+        entries = answer.raise_for_status().json()["data"]
+        return next(
+            (str(entry["root"]) for entry in entries if entry["id"] == model and "root" in entry), None
+        )
+    except (httpx.HTTPError, LookupError, ValueError, TypeError):
+        return None

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 560, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 34, 44
+WIDTH, HEIGHT = 560, 320
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 50, 44
 _MAX_POINTS = 500
 _COLOURS = 6
 
@@ -221,11 +221,15 @@ def _mark(mark: Mark, index: int, x_scale: Scale, y_scale: Scale) -> str:
 
 
 def _legend(labels: Sequence[str]) -> str:
-    parts, x = [], float(_LEFT)
+    """Coloured squares and labels in as many rows as they need; two rows clear the plot."""
+    parts, x, y = [], float(_LEFT), 20
     for index, label in enumerate(labels):
-        parts.append(f'<rect x="{x:.0f}" y="20" width="9" height="9" fill="var(--c{index % _COLOURS})"/>')
-        parts.append(f'<text x="{x + 13:.0f}" y="28">{escape(label)}</text>')
-        x += 24 + 5.8 * len(label)
+        width = 24 + 5.8 * len(label)
+        if x + width > WIDTH and x > _LEFT:
+            x, y = float(_LEFT), y + 13
+        parts.append(f'<rect x="{x:.0f}" y="{y}" width="9" height="9" fill="var(--c{index % _COLOURS})"/>')
+        parts.append(f'<text x="{x + 13:.0f}" y="{y + 8}">{escape(label)}</text>')
+        x += width
     return "".join(parts)
 
 

@@ -6,6 +6,7 @@ latency. It writes raw HTTP by hand on purpose: nothing between ``sleep`` and th
 
 import asyncio
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -41,6 +42,7 @@ class FakeOpenAI:
 
     def start(self) -> "FakeOpenAI":
         self._loop = asyncio.new_event_loop()
+        sys.setswitchinterval(0.0005)  # the client shares the interpreter: do not make it wait 5 ms
         ready = threading.Event()
         threading.Thread(target=self._serve, args=(ready,), daemon=True).start()
         assert ready.wait(10)

@@ -19,7 +19,7 @@ def folder(shared):
 
 def test_random_prompts_reach_the_asked_length_with_the_servers_bos(folder):
     """Guards: BOS counted twice or not at all, text that encodes to another length, a drift by the index."""
-    codec = open_codec(str(folder), None)
+    codec = open_codec([str(folder)])
     options = DatasetOptions(num_prompts=40, input_len=101, output_len=17, seed=3)
     prompts = load_dataset(options, codec)
     oracle = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -64,11 +64,11 @@ def test_the_servers_tokenizer_serves_when_none_is_local(fake, monkeypatch):
     """Guards: a machine without hub or checkpoint that cannot make random prompts."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     server = fake()
-    codec = open_codec("nobody/nothing", ServerCodec(server.url, {}, "fake"))
+    codec = open_codec(["nobody/nothing"], ServerCodec(server.url, {}, "fake"))
     prompts = load_dataset(DatasetOptions(num_prompts=8, input_len=50, seed=1), codec)
     assert {len(prompt.text.encode()) for prompt in prompts} == {49}
     with pytest.raises(ConfigError, match="--tokenizer FOLDER"):
-        open_codec("nobody", None)
+        open_codec(["nobody"])
 
 
 def test_sharegpt_keeps_what_fits(folder, tmp_path):

@@ -38,13 +38,12 @@ def check_page(text, num_plots):
     assert len(plots) == num_plots
     for plot in plots:
         root = ElementTree.fromstring(plot)
-        numbers = [
-            float(v)
-            for e in root.iter()
-            for k, v in e.attrib.items()
-            if k in ("x", "x1", "x2", "cx", "y", "y1", "cy")
-        ]
-        assert all(-10 <= value <= 600 for value in numbers), "drawn outside the picture"
+        for element in root.iter():
+            inside = {"x": 560, "x1": 560, "x2": 560, "cx": 560, "y": 320, "y1": 320, "y2": 320, "cy": 320}
+            for name, limit in inside.items():
+                assert -10 <= float(element.get(name, 0)) <= limit, "drawn outside the picture"
+            if element.tag == "text" and element.get("text-anchor") is None:
+                assert float(element.get("x")) + 5.5 * len(element.text) < 565, f"cut off: {element.text}"
     return tags
 
 

@@ -30,12 +30,12 @@ def test_figures_agree_with_the_servers_own_count(
     """Guards: start stamped before the slot, TTFT on the headers, ITL per token, TPOT over n, wrong
     duration.
     """
-    server = fake(ttft_s=0.12, itl_s=0.025, tokens_per_chunk=tokens_per_chunk)
+    server = fake(ttft_s=0.3, itl_s=0.05, tokens_per_chunk=tokens_per_chunk)
     words = (
         "--backend",
         backend,
         "--num-prompts",
-        "12",
+        "8",
         "--max-concurrency",
         "4",
         "--random-input-len",
@@ -44,7 +44,7 @@ def test_figures_agree_with_the_servers_own_count(
     args = serve_args(*common(server, tmp_path, *words, "--random-output-len", "21"))
     result, _ = run_json(args, tmp_path, capsys)
     served = server.served[1:]  # the first is the ready check
-    assert len(served) == 12 and result["completed"] == 12
+    assert len(served) == 8 and result["completed"] == 8
     ttft = np.array([s.sent[0] - s.received for s in served])
     span = np.array([s.sent[-1] - s.sent[0] for s in served])
     gaps = np.concatenate([np.diff(s.sent) for s in served])
@@ -55,18 +55,18 @@ def test_figures_agree_with_the_servers_own_count(
         "mean_tpot_ms": (span / 20).mean() * 1e3,
         "mean_itl_ms": gaps.mean() * 1e3,
         "duration": duration,
-        "request_throughput": 12 / duration,
-        "output_throughput": 12 * 21 / duration,
-        "total_token_throughput": 12 * (21 + 7) / duration,
-        "total_output_tokens": 252,
-        "total_input_tokens": 84,
+        "request_throughput": 8 / duration,
+        "output_throughput": 8 * 21 / duration,
+        "total_token_throughput": 8 * (21 + 7) / duration,
+        "total_output_tokens": 168,
+        "total_input_tokens": 56,
     }
     for key, value in expected.items():
         assert result[key] == pytest.approx(value, rel=0.02), key
-    assert result["mean_ttft_ms"] >= 120 and result["mean_itl_ms"] >= 24.5
+    assert result["mean_ttft_ms"] >= 300 and result["mean_itl_ms"] >= 49
     itl_per_request = sorted(np.mean(itls) for itls in result["itls"])
     assert itl_per_request == pytest.approx(sorted(np.mean(np.diff(s.sent)) for s in served), rel=0.02)
-    assert max(result["ttfts"]) < 0.3, "waiting for a slot was counted as TTFT"
+    assert max(result["ttfts"]) < 0.6, "waiting for a slot was counted as TTFT"
 
 
 def test_report_lines_are_the_recipes(fake, serve_args, tmp_path, capsys, shared):
