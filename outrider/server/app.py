@@ -21,6 +21,7 @@ from outrider.server.chat import create_chat_completion
 from outrider.server.completions import create_completion
 from outrider.server.context import ServerContext
 from outrider.server.errors import JSONResponse, handle_error
+from outrider.server.media import MediaLoader
 from outrider.server.metrics import Metrics
 from outrider.server.middleware import Gate
 from outrider.server.protocol import (
@@ -30,6 +31,7 @@ from outrider.server.protocol import (
     TokenizeBody,
 )
 from outrider.text.chat_template import ChatTemplate
+from outrider.text.images import ImageProcessor
 from outrider.text.tokenizer import Tokenizer
 
 
@@ -50,6 +52,7 @@ def create_app(
         engine_config=engine_config,
         server_config=server_config,
         metrics=Metrics(engine, names[0] if names else engine.info.model),
+        media=_media_loader(tokenizer, model_config, server_config, engine_config),
     )
     openapi_url = None if server_config.disable_fastapi_docs else "/openapi.json"
     app = FastAPI(title="outrider", version=__version__, redirect_slashes=False, openapi_url=openapi_url)
@@ -72,6 +75,15 @@ def create_app(
     _add_generation_routes(app, context)
     _add_info_routes(app, context)
     return app
+
+
+def _media_loader(
+    tokenizer: Tokenizer, model: ModelConfig, server: ServerConfig, engine: EngineConfig
+) -> MediaLoader | None:
+    if engine.language_model_only:
+        return None
+    processor = ImageProcessor.load(engine.model, model, tokenizer.special_tokens)
+    return MediaLoader(processor, server) if processor else None
 
 
 def load_chat_template(tokenizer: Tokenizer, override: str | None) -> ChatTemplate | None:

@@ -78,6 +78,10 @@ async def create_chat_completion(context: ServerContext, http: HttpRequest, body
     if wanted == 0:
         raise RequestError("max_tokens must be at least 1, got 0.", param="max_tokens")
     prompt = await render_chat(context, body, documents=body.documents)
+    if prompt.images and body.truncate_prompt_tokens is not None:
+        raise RequestError(
+            "truncate_prompt_tokens cannot be used with images.", param="truncate_prompt_tokens"
+        )
     ids = truncate(context, body, prompt.ids, wanted or 1)
     prompt = replace(prompt, ids=ids)
     params = sampling_params(

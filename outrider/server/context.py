@@ -18,6 +18,7 @@ from outrider.config import EngineConfig, ServerConfig
 from outrider.engine.protocol import EngineClient
 from outrider.errors import ConfigError, NotFoundError, RequestError
 from outrider.models.config import ModelConfig
+from outrider.server.media import MediaLoader
 from outrider.server.metrics import Metrics
 from outrider.text.chat_template import ChatTemplate
 from outrider.text.tokenizer import Tokenizer
@@ -36,6 +37,7 @@ class ServerContext:
     engine_config: EngineConfig
     server_config: ServerConfig
     metrics: Metrics
+    media: MediaLoader | None
     started_s: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property

@@ -47,8 +47,10 @@ async def render_chat(
             "continue_final_message and add_generation_prompt cannot both be true.",
             param="continue_final_message",
         )
-    as_parts = template.iterates_content
-    messages = [_message(message, i, as_parts) for i, message in enumerate(body.messages)]
+    urls: list[str] = []
+    messages = [
+        _message(message, i, template.iterates_content, urls) for i, message in enumerate(body.messages)
+    ]
     variables = context.server_config.default_chat_template_kwargs | (body.chat_template_kwargs or {})
 
     def render() -> list[int]:
@@ -70,13 +72,26 @@ async def render_chat(
             f"{num_chars} characters cannot fit; shorten them.",
             param="input_text",
         )
-    if num_chars < THREAD_THRESHOLD_CHARS:
-        return Prompt(render())
-    return Prompt(await asyncio.to_thread(render))
+    ids = render() if num_chars < THREAD_THRESHOLD_CHARS else await asyncio.to_thread(render)
+    return await _with_images(context, ids, urls) if urls else Prompt(ids)
 
 
-def _message(message: dict[str, Any], index: int, as_parts: bool) -> dict[str, Any]:
-    """A copy of ``message`` that a template can read: a known role, content as text or as a list of parts."""
+async def _with_images(context: ServerContext, ids: list[int], urls: list[str]) -> Prompt:
+    """Load the images and put their tokens in the places that the template marked."""
+    media = context.media
+    if media is None:
+        raise RequestError("This model takes no images; remove the image parts.", param="messages")
+    if ids.count(media.processor.tokens.image) != len(urls):
+        raise RequestError("The chat template has no place for these images.", param="messages")
+    prompt_ids, images = media.processor.expand(ids, await media.load(urls))
+    return Prompt(prompt_ids, images=images)
+
+
+def _message(message: dict[str, Any], index: int, as_parts: bool, urls: list[str]) -> dict[str, Any]:
+    """A copy of ``message`` that a template can read: a known role, content as text or as a list of parts.
+
+    The URLs of its images are appended to ``urls``.
+    """
     role = message.get("role")
     if role not in ROLES:
         raise RequestError(
@@ -93,8 +108,8 @@ def _message(message: dict[str, Any], index: int, as_parts: bool) -> dict[str, A
             raise RequestError(f"messages[{index}].content is required.", param=f"messages[{index}].content")
         result["content"] = ""
     elif isinstance(content, list):
-        parts = [_part(part, f"messages[{index}].content[{i}]") for i, part in enumerate(content)]
-        result["content"] = parts if as_parts else "\n".join(part["text"] for part in parts)
+        parts = [_part(part, f"messages[{index}].content[{i}]", urls) for i, part in enumerate(content)]
+        result["content"] = parts if as_parts else "\n".join(part.get("text", "") for part in parts)
     elif not isinstance(content, str):
         raise RequestError(
             f"messages[{index}].content must be a text or a list of parts.",
@@ -117,12 +132,21 @@ def _tool_call(call: Any, index: int) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": parsed}}
 
 
-def _part(part: Any, where: str) -> dict[str, Any]:
-    kind = part.get("type") if isinstance(part, dict) else None
-    text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
+def _part(part: Any, where: str, urls: list[str]) -> dict[str, Any]:
+    if not isinstance(part, dict):
+        raise RequestError(f"{where} must be an object with a type.", param=where)
+    kind = part.get("type")
+    if kind in ("image_url", "input_image"):
+        image = part.get("image_url")
+        url = image.get("url") if isinstance(image, dict) else image
+        if not isinstance(url, str):
+            raise RequestError(f"{where}.image_url must have a url.", param=where)
+        urls.append(url)
+        return {"type": "image"}
+    text = part.get("refusal" if kind == "refusal" else "text")
     if kind in _TEXT_PARTS and isinstance(text, str):
         return {"type": "text", "text": text}
-    raise RequestError(f"{where} must be a part of type 'text' with a text.", param=where)
+    raise RequestError(f"{where} must be of type 'text' or 'image_url'.", param=where)
 
 
 def _num_chars(value: Any) -> int:

@@ -22,6 +22,7 @@ from outrider.text.tokenizer import Tokenizer
 from tests.server.fake_engine import FakeEngine
 
 SHARED = Path(os.environ.get("OUTRIDER_SHARED", Path(__file__).parents[3] / "shared"))
+MODEL_PATH = ""
 TINY = SHARED / "fixtures" / "llama4-tiny-a" / "bf16"
 
 
@@ -105,7 +106,9 @@ def make_server(tokenizer: Tokenizer) -> Iterator[Callable[..., Server]]:
             ids if callable(ids) else lambda request: ids, vocab_size=1024, max_model_len=max_model_len
         )
         config = ServerConfig(**({"served_model_name": ["tiny"]} | (server or {})))
-        app = create_app(engine, tokenizer, tiny_model_config(**(model or {})), config, EngineConfig())
+        app = create_app(
+            engine, tokenizer, tiny_model_config(**(model or {})), config, EngineConfig(model=MODEL_PATH)
+        )
         servers.append(Server(app, engine))
         return servers[-1]
 
