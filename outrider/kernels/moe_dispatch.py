@@ -36,7 +36,7 @@ class SortedRows:
     num_rows: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_tokens",))
 def _route_kernel(
     logits_ptr,
     ids_ptr,
@@ -59,7 +59,7 @@ def _route_kernel(
         logits = tl.where(experts[None, :] == expert[:, None], float("-inf"), logits)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_rows", "first_expert"))
 def _gather_kernel(
     x_ptr,
     ids_ptr,

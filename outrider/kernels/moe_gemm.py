@@ -132,7 +132,7 @@ def _gate_up_kernel(
             tl.store(out_ptrs, out, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_rows",))
 def _down_kernel(
     x_desc,
     w_desc,

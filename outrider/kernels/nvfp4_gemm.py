@@ -101,7 +101,7 @@ def _decode(words, scales, FP8: tl.constexpr):
     return decode_fp8(words, scales) if FP8 else decode_bf16(words, scales)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_rows",))
 def _nvfp4_kernel(
     x_desc,
     w_ptr,

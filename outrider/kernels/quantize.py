@@ -49,7 +49,7 @@ def to_fp8(x, scale):
     return tl.minimum(tl.maximum(x, -448.0), 448.0).to(tl.float8e4nv)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_elements",))
 def _quantize_kernel(x_ptr, scale_ptr, out_ptr, num_elements, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < num_elements

@@ -1,0 +1,73 @@
+"""Every Triton kernel must compile for Hopper and Blackwell; no GPU is needed for that.
+
+The compiler runs in a process of its own, because kernels imported under ``TRITON_INTERPRET=1`` cannot compile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import outrider.kernels
+
+ARCHITECTURES = (90, 100)
+MODULES = sorted(module.name for module in pkgutil.iter_modules(outrider.kernels.__path__))
+
+COMPILE = """
+import importlib, json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+compiled = []
+for name in sys.argv[2:]:
+    for spec in getattr(importlib.import_module("outrider.kernels." + name), "AOT_SPECS", ()):
+        kernel, signature, constants = spec[:3]
+        options = spec[3] if len(spec) > 3 else {}
+        signature = {argument: signature.get(argument, "constexpr") for argument in kernel.arg_names}
+        source = ASTSource(kernel, signature, constants)
+        for arch in json.loads(sys.argv[1]):
+            binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+            compiled.append([name, kernel.__name__, arch, len(binary.asm["cubin"]), binary.metadata.shared])
+print(json.dumps(compiled))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[list]:
+    """``[module, kernel, architecture, bytes of machine code, shared memory]`` of every entry of ``AOT_SPECS``."""
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-W", "ignore", "-c", COMPILE, json.dumps(ARCHITECTURES), *MODULES]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_every_kernel_compiles_for_each_architecture(compiled):
+    """Guards: code that only the interpreter accepts, and kernels that Blackwell's compiler refuses."""
+    assert {row[2] for row in compiled} == set(ARCHITECTURES)
+    assert all(size > 1000 for *_, size, _shared in compiled)
+
+
+def test_shared_memory_fits_a_hopper_multiprocessor(compiled):
+    """Guards: tile tables that compile and then fail to launch (227 KiB a program on sm_90)."""
+    too_big = [row for row in compiled if row[2] == 90 and row[4] > 227 * 1024]
+    assert not too_big
+
+
+def test_every_jit_kernel_is_listed(compiled):
+    """Guards: a new kernel that nobody ever compiles before it meets a GPU."""
+    listed = {kernel for _, kernel, *_ in compiled}
+    definition = re.compile(r"@triton\.jit[^\n]*\ndef (_\w+_kernel)\(")
+    folder = Path(outrider.kernels.__path__[0])
+    defined = {
+        name for module in MODULES for name in definition.findall((folder / f"{module}.py").read_text())
+    }
+    assert len(defined) > 5 and defined <= listed

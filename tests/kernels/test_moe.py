@@ -1,0 +1,156 @@
+"""Routing and expert MLPs against per-token float64 arithmetic."""
+
+from __future__ import annotations
+
+import exact_casts  # noqa: F401
+import pytest
+import torch
+
+from outrider.kernels import moe
+from outrider.kernels.moe_dispatch import DYNAMIC_FP8, PLAIN, STATIC_FP8, gather_rows_triton, route_triton
+from outrider.kernels.moe_gemm import Tile
+from outrider.kernels.nvfp4 import dequantize_nvfp4
+from outrider.kernels.nvfp4_gemm import Nvfp4Tile
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+WIDE = torch.bfloat16 if GPU else torch.float32  # the interpreter cannot multiply bfloat16 blocks
+SWAPPED = (Tile(16, 64, 64, True, 2, 4), Tile(16, 64, 64, True, 2, 4, split_k=2))
+PERSISTENT = (
+    Tile(16, 64, 64, True, 2, 4, programs_per_sm=1),
+    Tile(16, 64, 64, True, 2, 4, programs_per_sm=1),
+)
+ROWS_FIRST = (Tile(64, 32, 64, False, 2, 4), Tile(64, 64, 64, False, 2, 4, programs_per_sm=1))
+TILES = [SWAPPED, PERSISTENT, ROWS_FIRST]
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE)
+
+
+def error(out: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((out.double() - exact).norm() / exact.norm())
+
+
+def slow_moe(x, expert_ids, scores, w13, w2, first=0):
+    """Token by token, choice by choice, in float64: scale the input, gate, up, down, add."""
+    out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    for token, (ids, weights) in enumerate(zip(expert_ids.tolist(), scores.double(), strict=True)):
+        for expert, score in zip(ids, weights, strict=True):
+            if 0 <= expert - first < w13.shape[0]:
+                gate, up = (w13[expert - first].double() @ (x[token].double() * score)).chunk(2)
+                out[token] += w2[expert - first].double() @ (gate * torch.sigmoid(gate) * up)
+    return out
+
+
+@pytest.mark.parametrize("op", [moe.route_reference, route_triton])
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 16, 1), (37, 5, 2), (20, 128, 1)])
+def test_route(op, tokens, experts, top_k):
+    """Guards: softmax or renormalised scores in place of the sigmoid, ties that do not take the lowest expert."""
+    logits = randn(tokens, experts)
+    logits[0] = 1.5  # all equal
+    ids, scores = op(logits, top_k)
+    values, expected = logits.topk(top_k, dim=-1)
+    assert ids.dtype == torch.int32 and torch.equal(ids[1:].long(), expected[1:])
+    assert ids[0].tolist() == list(range(top_k))
+    assert torch.allclose(scores, torch.sigmoid(values))
+
+
+@pytest.mark.parametrize("mode", [PLAIN, STATIC_FP8, DYNAMIC_FP8])
+@pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (41, 1), (23, 2)])
+def test_gather_sorts_rows_by_expert(mode, tokens, top_k):
+    """Guards: an unstable or wrong sort, foreign experts' rows, the score missing or applied after quantising."""
+    x = randn(tokens, 72)
+    ids, scores = moe.route_reference(randn(tokens, 6), top_k)
+    scale = torch.tensor(0.01, device=DEVICE)
+    rows = gather_rows_triton(x, ids, scores, (1, 4), mode, scale)
+    local = [i for expert in range(1, 5) for i, e in enumerate(ids.flatten().tolist()) if e == expert]
+    counts = [ids.flatten().tolist().count(expert) for expert in range(1, 5)]
+    assert rows.offsets.tolist() == [sum(counts[:i]) for i in range(5)]
+    assert rows.index[: len(local)].tolist() == local
+    expected = (
+        x[torch.tensor(local, dtype=torch.long, device=DEVICE) // top_k] * scores.flatten()[local, None]
+    )
+    got = rows.x[: len(local)].float()
+    if mode == STATIC_FP8:
+        got = got * scale
+    if mode == DYNAMIC_FP8:
+        got = got * rows.scale[: len(local), None]
+    assert torch.allclose(got, expected, rtol=0.07 if mode else 1e-6, atol=0.01 if mode else 0)
+
+
+@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize(("tokens", "top_k", "expert_range"), [(1, 1, None), (21, 1, None), (9, 2, (1, 3))])
+def test_unquantised_experts(tiles, tokens, top_k, expert_range):
+    """Guards: score on the output, gate and up exchanged, rows returned to the wrong token, ragged tiles."""
+    num_local = expert_range[1] if expert_range else 5
+    w13, w2 = randn(num_local, 2 * 72, 104).to(WIDE) / 10, randn(num_local, 104, 72).to(WIDE) / 8
+    x = randn(tokens, 104).to(WIDE)
+    ids, scores = moe.route_reference(randn(tokens, 5), top_k)
+    exact = slow_moe(x, ids, scores, w13, w2, expert_range[0] if expert_range else 0)
+    if not exact.any():
+        ids[0, 0] = expert_range[0]
+        exact = slow_moe(x, ids, scores, w13, w2, expert_range[0])
+    arguments = (x, ids, scores, w13, w2, expert_range)
+    assert error(moe.moe_bf16_reference(*arguments), exact) < (1e-2 if GPU else 1e-5)
+    assert error(moe.moe_bf16_triton(*arguments, tiles), exact) < (1e-2 if GPU else 1e-5)
+
+
+@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (33, 1), (6, 2)])
+def test_fp8_experts(tiles, tokens, top_k):
+    """Guards: one expert's scale on another, quantising before the score, scales missing from the epilogue."""
+    w13, w2 = randn(4, 2 * 80, 96).to(torch.float8_e4m3fn), randn(4, 96, 80).to(torch.float8_e4m3fn)
+    w13_scale, w2_scale = torch.rand(4, device=DEVICE) * 0.1 + 0.05, torch.rand(4, device=DEVICE) * 0.1 + 0.05
+    x = randn(tokens, 96).to(WIDE)
+    ids, scores = moe.route_reference(randn(tokens, 4), top_k)
+    a13, a2 = torch.tensor(0.02, device=DEVICE), torch.tensor(0.05, device=DEVICE)
+    arguments = (x, ids, scores, w13, w2, w13_scale, w2_scale, a13, a2)
+    exact = slow_moe(
+        x, ids, scores, w13.double() * w13_scale[:, None, None], w2.double() * w2_scale[:, None, None]
+    )
+    reference = moe.moe_fp8_reference(*arguments)
+    assert error(reference, exact) < 0.08  # two e4m3 roundings of the activations
+    assert error(moe.moe_fp8_triton(*arguments, None, tiles), reference.double()) < 0.02
+
+
+@pytest.mark.parametrize("fp8_activations", [False, True])
+def test_nvfp4_experts(fp8_activations):
+    """Guards: gate and up rows of packed weights, an expert's offset in words, planes of the second product."""
+    experts, hidden, inter, tokens = 3, 288, 272, 11
+
+    def weights(*shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        packed = torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), dtype=torch.uint8, device=DEVICE)
+        scale = (torch.rand(*shape[:-1], shape[-1] // 16, device=DEVICE) * 300 + 9).to(torch.float8_e4m3fn)
+        return packed, scale, torch.tensor(1e-4, device=DEVICE)
+
+    up, down = weights(experts, 2 * inter, hidden), weights(experts, hidden, inter)
+    x = randn(tokens, hidden).to(WIDE)
+    ids, scores = moe.route_reference(randn(tokens, experts), 1)
+    exact = slow_moe(
+        x, ids, scores, dequantize_nvfp4(*up, torch.float64), dequantize_nvfp4(*down, torch.float64)
+    )
+    tile = Nvfp4Tile(16, 64, 32 if fp8_activations else 16, 2, 4)
+    arguments = (x, ids, scores, *up, *down)
+    assert error(moe.moe_nvfp4_reference(*arguments), exact) < (1e-2 if GPU else 1e-5)
+    out = moe.moe_nvfp4_triton(*arguments, None, fp8_activations, tile)
+    assert error(out, exact) < (0.1 if fp8_activations else 1e-2 if GPU else 1e-5)
+
+
+def test_nvfp4_experts_decoded_beforehand():
+    """Guards: the scale of weights decoded to FP8 for many rows."""
+    up = (torch.randint(0, 256, (2, 64, 32), dtype=torch.uint8, device=DEVICE),)
+    up += (
+        torch.rand(2, 64, 4, device=DEVICE).mul(300).to(torch.float8_e4m3fn),
+        torch.tensor(1e-3, device=DEVICE),
+    )
+    down = (torch.randint(0, 256, (2, 64, 16), dtype=torch.uint8, device=DEVICE),)
+    down += (
+        torch.rand(2, 64, 2, device=DEVICE).mul(300).to(torch.float8_e4m3fn),
+        torch.tensor(1e-3, device=DEVICE),
+    )
+    x = randn(200, 64).to(WIDE)
+    ids, scores = moe.route_reference(randn(200, 2), 1)
+    arguments = (x, ids, scores, *up, *down)
+    out = moe.moe_nvfp4_triton(*arguments, None, True)
+    assert error(out, moe.moe_nvfp4_reference(*arguments).double()) < 0.1
