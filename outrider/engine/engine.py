@@ -12,7 +12,8 @@ from collections import deque
 
 from outrider.engine.executor import Executor, StepHandle
 from outrider.engine.grammar import GrammarCompiler
-from outrider.engine.scheduler import Plan, Scheduler
+from outrider.engine.plan import Plan
+from outrider.engine.scheduler import Scheduler
 from outrider.types import FINISH_ERROR, EngineStats, Request, TokenEvent
 
 

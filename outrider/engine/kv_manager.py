@@ -55,20 +55,18 @@ class KVManager:
 
     # -- growth and release --------------------------------------------------------------------------
 
-    def num_missing(self, seq: Sequence, num_tokens: int) -> int:
-        """Blocks that ``try_extend`` to ``num_tokens`` positions would allocate."""
-        wanted = -(-num_tokens // self.layout.block_size)
-        return sum(max(0, wanted - len(table)) for table in seq.block_tables)
-
     def try_extend(self, seq: Sequence, num_tokens: int) -> list[BlockUpdate] | None:
         """Give the sequence blocks up to ``num_tokens`` positions; None, and nothing changed, if too few."""
-        new = self.pool.try_allocate(self.num_missing(seq, num_tokens))
+        held = len(seq.block_tables[0])  # the tables of all groups grow together
+        wanted = -(-num_tokens // self.layout.block_size)
+        if wanted <= held:
+            return []
+        new = self.pool.try_allocate((wanted - held) * len(seq.block_tables))
         if new is None:
             return None
-        wanted = -(-num_tokens // self.layout.block_size)
         updates: list[BlockUpdate] = []
         for group, table in enumerate(seq.block_tables):
-            for index in range(len(table), wanted):
+            for index in range(held, wanted):
                 table.append(new.pop())
                 updates.append((group, seq.row, index, table[-1]))
         return updates

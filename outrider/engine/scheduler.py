@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from outrider.engine.admission import OutputEstimator, fits
-from outrider.engine.kv_manager import BlockUpdate, KVManager
+from outrider.engine.kv_manager import KVManager
+from outrider.engine.plan import Plan, PlanDraft
 from outrider.engine.sequence import Sequence, SequenceStatus
 from outrider.types import (
     FINISH_ABORT,
@@ -23,9 +24,7 @@ from outrider.types import (
     FINISH_STOP,
     EngineStats,
     Request,
-    RowInit,
     SeqSlice,
-    StepPlan,
     StepResult,
     TokenEvent,
     TokenLogprobs,
@@ -54,22 +53,6 @@ class Limits:
     prefill_share_tokens: int
     priority: bool = False
     one_plan_per_sequence: bool = False
-
-
-@dataclass(slots=True)
-class _Planned:
-    """A slice with the sequence it belongs to; the host's half of a plan."""
-
-    seq: Sequence
-    slice: SeqSlice
-
-
-@dataclass(slots=True)
-class Plan:
-    """A step plan and the sequences behind its slices, in the same order."""
-
-    step: StepPlan
-    sequences: list[Sequence]
 
 
 class Scheduler:
@@ -130,33 +113,28 @@ class Scheduler:
 
     def schedule(self) -> Plan | None:
         """The next step, or None when nothing can be computed right now."""
-        planned: list[_Planned] = []
-        updates: list[BlockUpdate] = []
-        new_rows: list[RowInit] = []
-        self._plan_decodes(planned, updates)
-        budget = self.limits.max_num_batched_tokens - len(planned)
-        if planned:
+        draft = PlanDraft()
+        self._plan_decodes(draft)
+        budget = self.limits.max_num_batched_tokens - len(draft.slices)
+        if draft.slices:
             budget = min(budget, self.limits.prefill_share_tokens)
-        budget = self._plan_running_prefills(planned, updates, budget)
-        self._admit(planned, updates, new_rows, budget)
-        if not planned:
+        budget = self._plan_running_prefills(draft, budget)
+        self._admit(draft, budget)
+        if not draft.slices:
             return None
-        step = StepPlan(self._step_id, [p.slice for p in planned], new_rows, updates, self._masks(planned))
+        self.stats.step_tokens = draft.num_tokens
         self._step_id += 1
-        self.stats.step_tokens = sum(p.slice.num_tokens for p in planned)
-        return Plan(step, [p.seq for p in planned])
+        return draft.build(self._step_id)
 
-    def _plan_decodes(self, planned: list[_Planned], updates: list[BlockUpdate]) -> None:
+    def _plan_decodes(self, draft: PlanDraft) -> None:
         """One token for every running sequence that has one to compute, oldest first."""
         for seq in list(self._running):
             if seq.status is not SequenceStatus.RUNNING or not seq.is_decoding or not self._can_plan(seq):
                 continue
-            new = self._extend_or_preempt(seq, seq.num_computed + 1, planned)
-            if new is not None:
-                updates.extend(new)
-                planned.append(self._launchable(seq, 1))
+            if self._extend_or_preempt(seq, seq.num_computed + 1, draft):
+                draft.add(seq, 1)
 
-    def _plan_running_prefills(self, planned: list[_Planned], updates: list[BlockUpdate], budget: int) -> int:
+    def _plan_running_prefills(self, draft: PlanDraft, budget: int) -> int:
         """The next chunk of every admitted prompt, oldest first; returns the budget that is left."""
         for seq in list(self._running):
             if budget <= 0:
@@ -164,42 +142,34 @@ class Scheduler:
             if seq.status is not SequenceStatus.RUNNING or seq.is_decoding or not self._can_plan(seq):
                 continue
             count = self._slice_len(seq, budget)
-            new = self._extend_or_preempt(seq, seq.num_computed + count, planned)
-            if new is not None:
-                updates.extend(new)
-                planned.append(self._launchable(seq, count))
+            if self._extend_or_preempt(seq, seq.num_computed + count, draft):
+                draft.add(seq, count)
                 budget -= count
         return budget
 
-    def _admit(
-        self,
-        planned: list[_Planned],
-        updates: list[BlockUpdate],
-        new_rows: list[RowInit],
-        budget: int,
-    ) -> None:
+    def _admit(self, draft: PlanDraft, budget: int) -> None:
         """Start waiting sequences, in order, while rows, tokens and the expected blocks allow."""
+        capacity = self.kv.pool.capacity
         while self._waiting and budget > 0 and self._free_rows:
             seq = self._waiting[0]
             if seq.in_flight:
                 break
-            capacity = self.kv.pool.capacity
             if self._running and not fits(self._running, seq, self.estimator, self.kv.layout, capacity):
                 break
             seq.num_computed = self.kv.match_prefix(seq)
             count = self._slice_len(seq, budget)
             seq.row = self._free_rows[-1]
-            new = self.kv.try_extend(seq, seq.num_computed + count)
-            if new is None:  # the estimate was too low for those running: wait for blocks
+            updates = self.kv.try_extend(seq, seq.num_computed + count)
+            if updates is None:  # the estimate was too low for those running: wait for blocks
                 self.kv.release(seq)
                 seq.num_computed, seq.row = 0, -1
                 break
             self._free_rows.pop()
             self._waiting.popleft()
             self._start(seq)
-            updates.extend(self.kv.table_updates(seq))
-            new_rows.append(self._row_init(seq))
-            planned.append(self._launchable(seq, count))
+            draft.updates.extend(self.kv.table_updates(seq))
+            draft.start_row(seq)
+            draft.add(seq, count)
             budget -= count
 
     def _start(self, seq: Sequence) -> None:
@@ -209,10 +179,6 @@ class Scheduler:
             seq.num_cached = seq.num_computed
             self.stats.prefix_query_tokens += seq.prompt_len
             self.stats.cached_prompt_tokens += seq.num_cached
-
-    def _row_init(self, seq: Sequence) -> RowInit:
-        history = seq.token_ids if seq.request.sampling.uses_history else []
-        return RowInit(seq.row, seq.request.sampling, seq.prompt_len, list(history), seq.request.images)
 
     def _can_plan(self, seq: Sequence) -> bool:
         """Whether the next slice can be decided without the tokens that are still in flight."""
@@ -231,37 +197,18 @@ class Scheduler:
         count = min(seq.remaining, budget)
         return count if end is None else min(count, end - seq.num_computed)
 
-    def _launchable(self, seq: Sequence, count: int) -> _Planned:
-        """Build the slice and move the counters; from here on the sequence is in flight."""
-        start, end = seq.num_computed, seq.num_computed + count
-        from_device = end > len(seq.token_ids)
-        piece = SeqSlice(
-            row=seq.row,
-            start=start,
-            num_tokens=count,
-            token_ids=[] if from_device else seq.token_ids[start:end],
-            from_device=from_device,
-            samples=end == seq.length,
-            output_index=seq.num_outputs,
-        )
-        seq.num_computed = end
-        seq.in_flight += 1
-        seq.num_pending += piece.samples
-        return _Planned(seq, piece)
-
-    def _extend_or_preempt(
-        self, seq: Sequence, num_tokens: int, planned: list[_Planned]
-    ) -> list[BlockUpdate] | None:
-        """Blocks for the slice, taken from the youngest sequences if there are none left."""
+    def _extend_or_preempt(self, seq: Sequence, num_tokens: int, draft: PlanDraft) -> bool:
+        """Blocks for the slice, taken from the youngest sequences if none are left; False if ``seq`` gave way."""
         while True:
             updates = self.kv.try_extend(seq, num_tokens)
             if updates is not None:
-                return updates
-            taken = {id(p.seq) for p in planned}
-            victim = next(s for s in reversed(self._running) if s is seq or id(s) not in taken)
+                draft.updates.extend(updates)
+                return True
+            planned = {id(other) for other in draft.sequences}
+            victim = next(s for s in reversed(self._running) if s is seq or id(s) not in planned)
             self._preempt(victim)
             if victim is seq:
-                return None
+                return False
 
     def _preempt(self, seq: Sequence) -> None:
         """Give blocks and row back and queue again at the front; what was sampled is kept.
@@ -277,13 +224,6 @@ class Scheduler:
             seq.prompt_logprobs.clear()
         seq.status = SequenceStatus.WAITING
         self._waiting.appendleft(seq)
-
-    def _masks(self, planned: list[_Planned]) -> dict[int, bytes]:
-        return {
-            p.slice.row: p.seq.grammar.mask()
-            for p in planned
-            if p.seq.grammar is not None and p.slice.samples
-        }
 
     def _enqueue(self, seq: Sequence) -> None:
         if not self.limits.priority:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from outrider.kernels.sampling import top_logprobs
+from outrider.kernels.sampling import SamplingRows, top_logprobs
 from outrider.models.decoder import Decoder
 from outrider.parallel import Parallel
 from outrider.runner.batch import AttentionBatch, Batch
@@ -21,6 +20,7 @@ from outrider.runner.images import ImageStore
 from outrider.runner.kv_cache import KVCache
 from outrider.runner.rows import RowTable, StepArrays
 from outrider.runner.sampler import Sampled, Sampler
+from outrider.runner.staging import Staging
 from outrider.types import SeqSlice, StepPlan, StepResult, TokenLogprobs
 
 PROMPT_LOGPROB_ROWS = 128
@@ -64,6 +64,25 @@ def _entries(ids: list[int], tensors: list[torch.Tensor], wanted: list[int | Non
     ]
 
 
+class _DeviceStep:
+    """The arrays of ``StepArrays`` on the device, then the sampling parameters of the rows that sample."""
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        (
+            self.token_ids,
+            self.positions,
+            self.slots,
+            self.query_start,
+            self.seq_lens,
+            self.block_tables,
+            self.device_tokens,
+            self.device_rows,
+            self.sample_tokens,
+            self.sample_rows,
+        ) = tensors[:10]
+        self.sampling = SamplingRows(*tensors[10:])
+
+
 class ModelRunner:
     """Owns a rank's model, KV cache, rows and sampler."""
 
@@ -88,6 +107,7 @@ class ModelRunner:
         self.sampler = Sampler(self.table, vocab_size, device)
         self._last_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._parallel = parallel
+        self._staging = Staging(device)
         self._graphs = graphs
         self._images = images
 
@@ -100,51 +120,64 @@ class ModelRunner:
             if self._images is not None:
                 self._images.start_row(init)
         arrays = self.table.arrays(plan.slices)
-        states = self._forward(plan, arrays)
+        step = self._upload(arrays)
+        states = self._forward(self._batch(plan, arrays, step))
         if not self._parallel.is_last_stage:
             self._parallel.send_next(states)
             return LaunchedStep(plan.step_id, None, [], None, {}, None)
         prompt_logprobs = self._prompt_logprobs(plan.slices, arrays, states)
         if not len(arrays.sample_rows):
             return self._launched(plan, arrays, None, prompt_logprobs)
-        logits = self.model.logits(states[self._to_device(arrays.sample_tokens)])
-        sampled = self.sampler.sample(logits, arrays.sample_rows, arrays.output_index, plan.masks)
-        self._last_ids[self._to_device(arrays.sample_rows)] = sampled.ids.clamp(min=0)
+        logits = self.model.logits(states[step.sample_tokens])
+        sampled = self.sampler.sample(
+            logits, arrays.sample_rows, step.sampling, arrays.output_index, plan.masks
+        )
+        self._last_ids[step.sample_rows] = sampled.ids.clamp(min=0)
         return self._launched(plan, arrays, sampled, prompt_logprobs)
 
-    def _forward(self, plan: StepPlan, arrays: StepArrays) -> torch.Tensor:
-        batch = self._batch(plan, arrays)
+    def _forward(self, batch: Batch) -> torch.Tensor:
         if not self._parallel.is_first_stage:
-            hidden = torch.empty(
-                (len(batch.token_ids), self.model.config.hidden_size),
-                dtype=self.model.dtype,
-                device=self.device,
-            )
+            shape = (len(batch.token_ids), self.model.config.hidden_size)
+            hidden = torch.empty(shape, dtype=self.model.dtype, device=self.device)
             return self.model.forward(batch, self.kv, self._parallel.receive_previous(hidden))
         if self._graphs is not None and self._graphs.covers(batch):
             return self._graphs.replay(batch)
         return self.model.forward(batch, self.kv)
 
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+    def _upload(self, arrays: StepArrays) -> _DeviceStep:
+        rows = arrays.sample_rows
+        return _DeviceStep(
+            *self._staging.upload(
+                [
+                    arrays.token_ids,
+                    arrays.positions,
+                    arrays.slots,
+                    arrays.query_start,
+                    arrays.seq_lens,
+                    arrays.block_tables,
+                    arrays.device_tokens,
+                    arrays.device_rows,
+                    arrays.sample_tokens,
+                    rows,
+                    *self.table.sampling_arrays(rows, arrays.output_index),
+                ]
+            )
+        )
 
-    def _batch(self, plan: StepPlan, arrays: StepArrays) -> Batch:
-        token_ids = self._to_device(arrays.token_ids)
+    def _batch(self, plan: StepPlan, arrays: StepArrays, step: _DeviceStep) -> Batch:
         if len(arrays.device_rows):
-            token_ids[self._to_device(arrays.device_tokens)] = self._last_ids[
-                self._to_device(arrays.device_rows)
-            ]
+            step.token_ids[step.device_tokens] = self._last_ids[step.device_rows]
         attention = AttentionBatch(
-            query_start=self._to_device(arrays.query_start),
-            seq_lens=self._to_device(arrays.seq_lens),
-            block_tables=self._to_device(arrays.block_tables),
-            slots=self._to_device(arrays.slots),
+            query_start=step.query_start,
+            seq_lens=step.seq_lens,
+            block_tables=step.block_tables,
+            slots=step.slots,
             num_decodes=arrays.num_decodes,
             max_query_len=arrays.max_query_len,
             max_seq_len=arrays.max_seq_len,
         )
         images = self._images.batch(plan.slices, arrays) if self._images is not None else None
-        return Batch(token_ids, self._to_device(arrays.positions), attention, images)
+        return Batch(step.token_ids, step.positions, attention, images)
 
     def _prompt_logprobs(
         self, slices: list[SeqSlice], arrays: StepArrays, states: torch.Tensor

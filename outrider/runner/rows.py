@@ -111,6 +111,11 @@ class RowTable:
             max_seq_len=max_seq_len,
         )
 
+    def sampling_arrays(self, rows: IntArray, output_index: IntArray) -> list[np.ndarray]:
+        """``temperature, top_p, top_k, min_p, uniform`` of the rows that sample, each ``[N]``."""
+        uniform = self.uniforms(rows, output_index)
+        return [self.temperature[rows], self.top_p[rows], self.top_k[rows], self.min_p[rows], uniform]
+
     def uniforms(self, rows: IntArray, output_index: IntArray) -> NDArray[np.float32]:
         """One number in (0, 1) per sampled token, a pure function of the request's seed and the token's index.
 
@@ -122,7 +127,10 @@ class RowTable:
             x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             x ^= x >> np.uint64(31)
         # 23 bits and a half step: never 0, never rounded up to 1 in float32.
-        return (((x >> np.uint64(41)).astype(np.float64) + 0.5) * 2.0**-23).astype(np.float32)
+        uniform: NDArray[np.float32] = (((x >> np.uint64(41)).astype(np.float64) + 0.5) * 2.0**-23).astype(
+            np.float32
+        )
+        return uniform
 
 
 def _concat_ids(slices: list[SeqSlice], num_tokens: int) -> IntArray:

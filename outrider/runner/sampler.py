@@ -49,14 +49,19 @@ class Sampler:
         self._counts[init.row] = torch.bincount(output, minlength=self._vocab_size).int()
 
     def sample(
-        self, logits: torch.Tensor, rows: IntArray, output_index: IntArray, masks: dict[int, bytes]
+        self,
+        logits: torch.Tensor,
+        rows: IntArray,
+        device_rows: SamplingRows,
+        output_index: IntArray,
+        masks: dict[int, bytes],
     ) -> Sampled:
-        """One id per row of ``logits`` ``[N, V]``."""
-        params = [self._params(row) for row in rows]
+        """One id per row of ``logits`` ``[N, V]``; ``device_rows`` are the rows' parameters on the device."""
+        params = [self._params(row) for row in rows.tolist()]
         raw = logits
         logits = self._edit(logits, params, rows, output_index, masks)
-        temperature = self._table.temperature[rows]
-        ids = sample(logits, self._rows(rows, output_index, temperature), not temperature.any())
+        all_greedy = all(p.temperature == 0.0 for p in params)
+        ids = sample(logits, device_rows, all_greedy)
         self._count(ids, params, rows)
         top = max((p.logprobs for p in params if p.logprobs is not None), default=None)
         if top is None:
@@ -67,19 +72,6 @@ class Sampler:
         params = self._table.params[row]
         assert params is not None, "a slice names a row that was never started"
         return params
-
-    def _rows(self, rows: IntArray, output_index: IntArray, temperature: np.ndarray) -> SamplingRows:
-        def device(array: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(array).to(self._device, non_blocking=True)
-
-        table = self._table
-        return SamplingRows(
-            temperature=device(temperature),
-            top_p=device(table.top_p[rows]),
-            top_k=device(table.top_k[rows]),
-            min_p=device(table.min_p[rows]),
-            uniform=device(table.uniforms(rows, output_index)),
-        )
 
     def _edit(
         self,

@@ -120,7 +120,7 @@ def join_group(join: Join) -> Parallel:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one host never listen on the network
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
-        store=dist.FileStore(join.store, join.world_size),
+        init_method=f"file://{join.store}",
         rank=join.rank,
         world_size=join.world_size,
         timeout=timedelta(minutes=5),

@@ -1,0 +1,62 @@
+"""Host arrays to the device in one copy a step. Called by ``model_runner``; knows nothing of their meaning.
+
+A copy from ordinary memory may wait for everything queued on the device before it; a copy from pinned memory
+does not. Arrays are therefore packed into a ring of pinned buffers, deep enough that a buffer's last copy is
+long done when its turn comes again.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+_ALIGN = 16
+_DEPTH = 4
+
+
+class _Pinned:
+    """One buffer of the ring, and the event after its last copy."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        self.copied = torch.cuda.Event()
+
+
+class Staging:
+    """Uploads lists of numpy arrays; on a CPU device the tensors share the arrays' memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._ring: list[_Pinned | None] = [None] * _DEPTH
+        self._turn = 0
+
+    def upload(self, arrays: list[np.ndarray]) -> list[torch.Tensor]:
+        """Tensors of the same shapes and dtypes on the device, in the same order."""
+        arrays = [np.ascontiguousarray(a) for a in arrays]
+        if self._device.type != "cuda":
+            return [torch.from_numpy(a) for a in arrays]
+        offsets = np.cumsum([0, *(-(-a.nbytes // _ALIGN) * _ALIGN for a in arrays)]).tolist()
+        pinned = self._next(offsets[-1])
+        packed = pinned.host.numpy()
+        for array, start in zip(arrays, offsets, strict=False):
+            packed[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+        target = torch.empty(offsets[-1], dtype=torch.uint8, device=self._device)
+        target.copy_(pinned.host[: offsets[-1]], non_blocking=True)
+        pinned.copied.record()
+        return [
+            target[start : start + a.nbytes].view(_torch_dtype(a)).view(a.shape)
+            for a, start in zip(arrays, offsets, strict=False)
+        ]
+
+    def _next(self, num_bytes: int) -> _Pinned:
+        self._turn = (self._turn + 1) % _DEPTH
+        pinned = self._ring[self._turn]
+        if pinned is None or pinned.host.numel() < num_bytes:
+            pinned = self._ring[self._turn] = _Pinned(max(1 << 20, 1 << num_bytes.bit_length()))
+        else:
+            pinned.copied.synchronize()
+        return pinned
+
+
+def _torch_dtype(array: np.ndarray) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, array.dtype)).dtype
