@@ -64,8 +64,7 @@ def fill_random(builder: WeightBuilder, config: ModelConfig, progress: Progress 
         done += slot.dest.numel() * slot.dest.element_size()
         if progress is not None:
             progress(done, total)
-    for finish in builder.after_load:
-        finish()
+    builder.finish()
 
 
 def _fill(slot: WeightSlot, weight_rms: float) -> None:

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from outrider.errors import ConfigError
 from outrider.kernels.activation import silu_mul
 from outrider.kernels.attention import paged_attention
-from outrider.kernels.gemm import linear
 from outrider.kernels.norm import Normed, rms_norm
 from outrider.kernels.rope import RopeSpec, qkv_rope_store
 from outrider.models.config import ModelConfig, RopeScaling
 from outrider.parallel import Parallel
 from outrider.quant.base import WeightBuilder
 from outrider.quant.linear import Columns, Linear, Part, build_linear
+from outrider.quant.matrix import Matrix
 
 if TYPE_CHECKING:
     from outrider.runner.batch import Batch
@@ -219,8 +219,9 @@ class Head:
     ) -> None:
         self.parallel = builder.parallel
         source = tied or Embedding(builder, "lm_head", vocab_size, hidden_size)
-        self.weight = source.weight
+        self.matrix = Matrix(source.weight)
+        builder.after_load.append(self.matrix.prepare)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[N, M]`` to ``[N, V]``, gathered over the tensor group."""
-        return self.parallel.all_gather_last(linear(hidden, self.weight))
+        return self.parallel.all_gather_last(self.matrix(hidden))

@@ -129,8 +129,7 @@ def fill_slots(
         done += slot.dest.numel() * slot.dest.element_size()
         if progress is not None:
             progress(done, total)
-    for finish in builder.after_load:
-        finish()
+    builder.finish()
 
 
 def check_names(slots: list[WeightSlot], file: WeightFile, is_unused: Callable[[str], bool]) -> None:

@@ -94,6 +94,13 @@ class WeightBuilder:
         self.add_slot(name, shape, dest)
         return dest
 
+    def finish(self) -> None:
+        """Forget the slots (they would keep memory alive that layers replace) and run what follows a load."""
+        self.slots.clear()
+        for callback in self.after_load:
+            callback()
+        self.after_load.clear()
+
     def format_of(self, *names: str) -> Format:
         """The common format of the tensors that one layer fuses; ``CheckpointError`` when they differ."""
         formats = {name: self._one_format(name) for name in names}

@@ -12,10 +12,11 @@ from typing import Protocol
 
 import torch
 
-from outrider.kernels.gemm import fp8_linear, linear
+from outrider.kernels.gemm import fp8_linear
 from outrider.kernels.nvfp4 import BLOCK_SIZE, nvfp4_linear
 from outrider.kernels.quantize import quantize_fp8
 from outrider.quant.base import Format, WeightBuilder
+from outrider.quant.matrix import Matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +65,14 @@ class PlainLinear:
     input_scale: torch.Tensor | None = None
 
     def __init__(self, builder: WeightBuilder, parts: tuple[Part, ...], cols: Columns, bias: bool) -> None:
-        self.weight = builder.empty(_num_rows(parts), cols.length)
+        self.matrix = Matrix(builder.empty(_num_rows(parts), cols.length))
         self.bias = _add_bias(builder, parts, cols) if bias else None
-        _add_matrix(builder, "weight", parts, self.weight, cols, pack=1)
+        _add_matrix(builder, "weight", parts, self.matrix.weight, cols, pack=1)
+        builder.after_load.append(self.matrix.prepare)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """See ``Linear``."""
-        y = linear(x, self.weight)
+        y = self.matrix(x)
         return y if self.bias is None else y + self.bias
 
 

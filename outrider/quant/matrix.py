@@ -1,0 +1,37 @@
+"""A weight matrix in the model dtype, in the layout its device multiplies fastest. Used by plain linears and the head.
+
+On a CPU the weight is repacked once into oneDNN's blocked layout through the two ops that torch's own
+inductor uses for frozen weights. All GEMMs of SmolLM2-135M in float32, 2 cores, torch 2.13, plain against
+packed: 1 row 33 / 32 ms, 2 rows 278 / 38 ms, 16 rows 113 / 57 ms, 512 rows 797 / 342 ms.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from outrider.kernels.gemm import linear
+
+PACKED_FOR_ROWS = 64  # oneDNN picks the layout for this many rows; 64 was best or equal from 1 to 512
+_PACKABLE = (torch.float32, torch.bfloat16)
+
+
+class Matrix:
+    """``weight[N, K]`` of the checkpoint; ``prepare`` is called once it is loaded."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+        self.packed: torch.Tensor | None = None
+
+    def prepare(self) -> None:
+        """Repack on a CPU that oneDNN serves; the plain copy is then dropped unless others hold it."""
+        packable = self.weight.device.type == "cpu" and self.weight.dtype in _PACKABLE
+        if packable and torch.backends.mkldnn.is_available():
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACKED_FOR_ROWS)
+            self.weight = self.weight.new_empty(0)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """``x[T, K] @ weight.T``, ``[T, N]`` in the dtype of ``x``."""
+        if self.packed is None:
+            return linear(x, self.weight)
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+        return y
