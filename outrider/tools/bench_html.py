@@ -15,7 +15,7 @@ import numpy as np
 
 from outrider.errors import ConfigError
 from outrider.tools.bench_load import LoadResult
-from outrider.tools.bench_metrics import Metrics, concurrency_per_second, per_second
+from outrider.tools.bench_metrics import Metrics, in_flight, per_second
 from outrider.tools.bench_report import RunInfo, result_json
 from outrider.tools.plots import Mark, Series, cdf_plot, line_plot, number, page, span_plot, table
 from outrider.tools.recipe_figures import BENCH
@@ -145,10 +145,10 @@ def _concurrency_over_time(load: LoadResult) -> str:
     starts = np.array([record.start for record in kept])
     firsts = np.array([record.chunk_times[0] for record in kept])
     ends = np.array([record.chunk_times[-1] for record in kept])
+    seconds = np.linspace(0.0, float(ends.max()) - load.start, 400)
     series = []
     for label, left, right in (("in flight", starts, ends), ("waiting for the first token", starts, firsts)):
-        counts = concurrency_per_second(left, right, load.start)
-        series.append(Series(label, list(range(len(counts))), counts.tolist()))
+        series.append(Series(label, seconds.tolist(), in_flight(left, right, load.start + seconds).tolist()))
     return line_plot("Requests over time", "seconds", "requests", series)
 
 

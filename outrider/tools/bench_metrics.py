@@ -137,6 +137,12 @@ def concurrency_per_second(starts: np.ndarray, ends: np.ndarray, origin: float) 
     return np.cumsum(steps)[:-1]
 
 
+def in_flight(starts: np.ndarray, ends: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """How many of the spans [start, end) hold each of ``times`` (all in the same seconds), int64."""
+    begun = np.searchsorted(np.sort(starts), times, side="right")
+    return begun - np.searchsorted(np.sort(ends), times, side="right")
+
+
 def _where_successful(records: Sequence[RequestRecord], lengths: Sequence[int]) -> list[int]:
     return [length if record.success else 0 for record, length in zip(records, lengths, strict=True)]
 

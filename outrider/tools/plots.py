@@ -166,7 +166,7 @@ def _scale(values: Sequence[float], start: float, end: float, log: bool) -> Scal
     if log:
         positive = [value for value in values if value > 0] or [1.0]
         low, high = min(positive), max(positive)
-        return Scale(low, high if high > low else low * 10, start, end, True)
+        return Scale(low * 0.9, max(high * 1.1, low * 2), start, end, True)
     high = max(max(values), 0.0)
     return Scale(0.0, high * 1.05 if high > 0 else 1.0, start, end)
 

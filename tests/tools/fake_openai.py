@@ -129,7 +129,7 @@ class FakeOpenAI:
                 return False
         if self.error_event:
             self._event(writer, json.dumps({"error": {"message": self.error_event, "code": 500}}))
-        if self.usage:
+        if self.usage and (body.get("stream_options") or {}).get("include_usage"):
             count = {"prompt_tokens": 7, "completion_tokens": limit, "total_tokens": 7 + limit}
             self._event(writer, json.dumps({"choices": [], "usage": count}))
         self._event(writer, "[DONE]")

@@ -6,9 +6,11 @@ import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from outrider.tools import bench_serve, bench_sweep
+from outrider.tools.bench_metrics import in_flight
 from outrider.tools.plots import Scale
 from outrider.tools.recipe_figures import BENCH, GSM8K
 
@@ -119,3 +121,10 @@ def test_linear_ticks_are_round_and_inside(low, high):
     ticks = Scale(low, high, 0, 100).ticks()
     assert 3 <= len(ticks) <= 11 and ticks[0] >= low and ticks[-1] <= high
     assert all(len(f"{tick:.6g}") <= 7 for tick in ticks)
+
+
+def test_requests_in_flight_at_a_moment():
+    """Guards: counting every request of a second as simultaneous, which shows more than the limit allows."""
+    starts, ends = np.array([0.0, 0.4, 0.5]), np.array([0.4, 0.9, 2.0])
+    times = np.array([0.0, 0.39, 0.4, 0.6, 1.0, 2.0])
+    assert in_flight(starts, ends, times).tolist() == [1, 1, 1, 2, 1, 0]
