@@ -6,6 +6,7 @@ Turns a ``Generation`` into a streamed or a whole response; shared by completion
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import time
 import uuid
@@ -37,6 +38,8 @@ from outrider.server.streaming import (
     unless_disconnected,
 )
 from outrider.types import SamplingParams
+
+logger = logging.getLogger("outrider.server")
 
 REQUEST_ID_HEADER = "x-request-id"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
@@ -121,6 +124,8 @@ class Call:
             skip_special_tokens=body.skip_special_tokens is not False,
             score_only=score_only,
         )
+        if self.context.server_config.enable_log_requests:  # parameters only: prompts are never logged
+            logger.info("Request %s: %d prompt(s), n=%d, %s", self.engine_id, len(prompts), n, params[0])
         generation.start()
         return generation
 

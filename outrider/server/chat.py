@@ -102,6 +102,8 @@ async def create_chat_completion(context: ServerContext, http: HttpRequest, body
 
 
 def _check(body: ChatBody) -> None:
+    if body.echo:
+        raise RequestError("echo is not supported in chat; use continue_final_message.", param="echo")
     if body.top_logprobs and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
     if body.stream and body.prompt_logprobs:
@@ -135,7 +137,8 @@ async def _whole(
             if delta.prompt_logprobs is not None and response.prompt_logprobs is None:
                 response.prompt_logprobs = prompt_logprobs(call.context.tokenizer, delta.prompt_logprobs)
             if body.return_token_ids:
-                out.token_ids = (out.token_ids or []) + delta.token_ids
+                out.token_ids = out.token_ids or []
+                out.token_ids += delta.token_ids
             if delta.finish_reason is not None:
                 parser.finish()
                 out.finish_reason = parser.message(out.message, delta.finish_reason)

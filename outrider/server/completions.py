@@ -165,7 +165,8 @@ async def _whole(call: Call, generation: Generation, writers: list[_ChoiceWriter
             out.finish_reason, out.stop_reason = delta.finish_reason, delta.stop_reason
             if writer.prompt_ids is not None:
                 out.prompt_token_ids = writer.prompt_ids
-                out.token_ids = (out.token_ids or []) + delta.token_ids
+                out.token_ids = out.token_ids or []
+                out.token_ids += delta.token_ids
     for out, parts in zip(choices, texts, strict=True):
         out.text = "".join(parts)
     return CompletionResponse(

@@ -108,6 +108,7 @@ def test_user_text_cannot_forge_turns(server: Server, tokenizer: Tokenizer) -> N
         ({"messages": HI, "top_logprobs": 3}, "top_logprobs"),
         ({"messages": HI, "logprobs": True, "top_logprobs": 21}, "logprobs"),
         ({"messages": HI, "max_tokens": 0}, "max_tokens"),
+        ({"messages": HI, "echo": True}, "echo"),
         ({"messages": HI, "chat_template": "{{ 1 }}"}, "chat_template"),
         ({"messages": HI, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         (

@@ -275,6 +275,15 @@ def test_keys(make_server: MakeServer) -> None:
     assert "alpha" not in json.dumps(salts)
 
 
+def test_prompts_are_not_logged(make_server: MakeServer, caplog: pytest.LogCaptureFixture) -> None:
+    """Guards privacy: request logging names ids and parameters, never what people wrote."""
+    with caplog.at_level("DEBUG"):
+        server = make_server(server={"enable_log_requests": True})
+        answer = server.post("/v1/completions", prompt="a very private prompt", seed=4711)
+    assert answer.json()["id"] in caplog.text and "4711" in caplog.text
+    assert "private" not in caplog.text
+
+
 def test_no_key_accepts_any_header(server: Server) -> None:
     """Guards lm_eval, which sends an empty bearer when it has no key."""
     assert post_with_key(server, "Bearer ")[0] == 200

@@ -105,6 +105,27 @@ def test_pieces_join_to_the_decoded_text(tiny: Tokenizer, smol: Tokenizer) -> No
             assert joined == tokenizer.decode(ids)
 
 
+def test_sentencepiece_style_pieces(tmp_path: Path) -> None:
+    """Guards tokenizers that write blanks as U+2581 and rare bytes as <0xAB> (Llama 2 and its kin)."""
+    alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>", *alphabet])
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<s>", fuse_unk=True))
+    made.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    made.train_from_iterator(["some words to learn from, and some more words"], trainer)
+    steps = [
+        tokenizers.decoders.Replace("\u2581", " "),
+        tokenizers.decoders.ByteFallback(),
+        tokenizers.decoders.Fuse(),
+    ]
+    made.decoder = tokenizers.decoders.Sequence(steps)
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    text = " some words 🙂 é more"
+    ids = tokenizer.encode(text)
+    assert b"".join(tokenizer.token_bytes(i) for i in ids).decode() == text
+    assert any(len(tokenizer.token_bytes(i)) == 1 and tokenizer.token_bytes(i)[0] > 127 for i in ids)
+
+
 @needs_fixtures
 def test_ids_outside_the_vocabulary_are_empty(tiny: Tokenizer) -> None:
     """Guards against a crash on padded vocabulary rows."""
