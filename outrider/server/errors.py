@@ -12,9 +12,10 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from outrider.errors import EngineError, OverloadedError, RequestError
+from outrider.errors import EngineDeadError, EngineError, OverloadedError, RequestError
 
 INTERNAL_ERROR = "The server failed on this request; its log says why."
+RESTART_RETRY_S = 5
 
 
 class JSONResponse(Response):
@@ -43,6 +44,8 @@ def error_response(error: Exception) -> Response:
     headers = {}
     if isinstance(error, OverloadedError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    elif isinstance(error, EngineDeadError):
+        headers["Retry-After"] = str(RESTART_RETRY_S)
     return JSONResponse(body, status_code=body["error"]["code"], headers=headers)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import msgspec
 
 from outrider.engine.protocol import EngineClient
-from outrider.errors import EngineError
+from outrider.errors import DeadlineError, EngineDeadError, EngineError, RequestError
 from outrider.server.context import ServerContext
 from outrider.server.metrics import Metrics
 from outrider.server.sampling import derived_seed
@@ -94,7 +94,7 @@ class Choice:
         self.engine_done = event.finish_reason is not None
         if event.finish_reason == FINISH_ERROR:
             self.close(FINISH_ERROR)
-            raise EngineError(event.error or ENGINE_FAILED)
+            raise _failure(event)
         detokenizer = self._detokenizer
         ids, finish, stop_reason = event.token_ids, event.finish_reason, event.stop_reason
         self._timer.tokens(len(ids))
@@ -123,6 +123,14 @@ class Choice:
         if not self.finished:
             self.finished = True
             self._timer.finish(reason, self.num_tokens)
+
+
+def _failure(event: TokenEvent) -> Exception:
+    """The error that a last event stands for."""
+    text = event.error or ENGINE_FAILED
+    if event.error_status < 500:
+        return RequestError(text)
+    return {503: EngineDeadError, 504: DeadlineError}.get(event.error_status, EngineError)(text)
 
 
 class Generation:

@@ -54,7 +54,7 @@ def models(context: ServerContext) -> Response:
 
 
 def alive(context: ServerContext) -> Response:
-    """GET /livez: whether the front end answers and its engine process exists."""
+    """GET /livez: whether the front end answers and its engine is there or can be started again."""
     health = context.engine.health()
     return _probe(health.alive, health.reason, health.last_step_age_s)
 

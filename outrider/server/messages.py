@@ -100,8 +100,11 @@ def _message(message: dict[str, Any], index: int, as_parts: bool, urls: list[str
     result = dict(message)
     if role == "developer":  # the newer name of the system role, unknown to templates
         result["role"] = "system"
-    if message.get("tool_calls"):
-        result["tool_calls"] = [_tool_call(call, index) for call in message["tool_calls"]]
+    if calls := message.get("tool_calls"):
+        if not isinstance(calls, list):
+            where = f"messages[{index}].tool_calls"
+            raise RequestError(f"{where} must be a list of calls.", param=where)
+        result["tool_calls"] = [_tool_call(call, index) for call in calls]
     content = message.get("content")
     if content is None:
         if role != "assistant":

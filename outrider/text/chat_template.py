@@ -82,12 +82,14 @@ class ChatTemplate:
             messages = [*messages[:-1], {**last, "content": last["content"] + _END_OF_PREFILL}]
         try:
             text = self._template.render(
-                **self._named_tokens,
-                **variables,
-                messages=messages,
-                tools=tools,
-                documents=documents,
-                add_generation_prompt=add_generation_prompt,
+                {
+                    **self._named_tokens,
+                    **variables,
+                    "messages": messages,
+                    "tools": tools,
+                    "documents": documents,
+                    "add_generation_prompt": add_generation_prompt,
+                }
             )
         except _Refused as error:
             raise RequestError(

@@ -43,6 +43,8 @@ class FakeEngine:
         self.state = Health(ready=True, alive=True)
         self.submitted: list[Request] = []
         self.aborted: list[str] = []
+        self.num_restarts = 0
+        self.num_stalls = 0
         self.stats = EngineStats(kv_blocks_total=100, kv_blocks_used=25, num_running=3, generation_tokens=77)
         self.info = EngineInfo(
             model="tests/tiny",

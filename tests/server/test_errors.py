@@ -147,6 +147,62 @@ def test_fuzzed_bodies_never_break_the_server(server: Server) -> None:
     assert server.post("/v1/completions", prompt="x").status_code == 200
 
 
+def random_json(rng: random.Random, depth: int = 0) -> Any:
+    """Any JSON value, with words that chats use among its keys and texts."""
+    words = [
+        "role",
+        "content",
+        "type",
+        "text",
+        "user",
+        "tool",
+        "function",
+        "name",
+        "arguments",
+        "self",
+        "<|eot|>",
+        "",
+    ]
+    words += [
+        "tool_calls",
+        "assistant",
+        "image_url",
+        "url",
+        "data:image/png;base64,AA",
+        "{",
+        "{{ 1 }}",
+        "messages",
+    ]
+    kind = rng.randrange(8 if depth < 4 else 6)
+    if kind == 6:
+        return [random_json(rng, depth + 1) for _ in range(rng.randrange(4))]
+    if kind == 7:
+        return {rng.choice(words): random_json(rng, depth + 1) for _ in range(rng.randrange(4))}
+    return [None, True, rng.randrange(-5, 5), rng.random(), rng.choice(words), rng.choice(words)][kind]
+
+
+def test_fuzzed_chats_never_break_the_server(make_server: MakeServer) -> None:
+    """Guards against any 5xx from odd messages, tools, documents and template arguments, for two templates."""
+    rng = random.Random()
+    template = "{% for m in messages %}{{ m.role + m.content }}{{ m.tool_calls[0].function.arguments.x }}{% endfor %}"
+    for config in ({}, {"chat_template": template + "{{ tools | tojson }}{{ documents }}{{ note }}"}):
+        server = make_server(server=config)
+        for _ in range(200):
+            message = {"role": rng.choice(["user", "assistant", "tool"]), "content": random_json(rng)}
+            message |= {
+                key: random_json(rng) for key in rng.sample(["tool_calls", "name", "tool_call_id"], 2)
+            }
+            body: dict[str, Any] = {
+                "messages": rng.choice([[message], [message, random_json(rng)], random_json(rng)])
+            }
+            for key in rng.sample(
+                ["tools", "documents", "chat_template_kwargs", "stop", "logit_bias", "echo"], 2
+            ):
+                body[key] = random_json(rng)
+            response = server.post("/v1/chat/completions", **body)
+            assert response.status_code in (200, 400, 422), (body, response.text)
+
+
 def test_context_length_message(server: Server) -> None:
     """Guards the sentence that clients match on, and that the limit itself is allowed."""
     assert server.post("/v1/completions", prompt=[1] * 500, max_tokens=12).status_code == 200

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -69,6 +71,14 @@ def test_tokenize_and_back(server: Server, tokenizer: Tokenizer) -> None:
     for tokens in ([-1], [2**40], [1024], ["a"], 5):
         assert server.post("/detokenize", tokens=tokens).status_code == 400
     assert server.http.get("/tokenizer_info").json()["eos_token"] == "<|eot|>"
+
+
+def test_front_end_never_imports_torch() -> None:
+    """Guards start-up time and memory of the front end: torch belongs to the engine's process."""
+    code = (
+        "import sys, outrider.server.app; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 def test_facts(make_server: MakeServer) -> None:

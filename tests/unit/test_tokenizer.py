@@ -14,6 +14,7 @@ import tokenizers
 
 from outrider.errors import ConfigError
 from outrider.models.gguf import embedded_model_path
+from outrider.text.chat_template import ChatTemplate
 from outrider.text.tokenizer import Tokenizer
 
 SHARED = Path(os.environ.get("OUTRIDER_SHARED", Path(__file__).parents[3] / "shared"))
@@ -203,3 +204,12 @@ def test_real_llama4_agrees_with_metas_encoder(llama4: Tokenizer) -> None:
     for _ in range(40):
         text = random_text(rng, 120)
         assert llama4.encode(text, add_special_tokens=False) == meta.encode(text, bos=False, eos=False)
+    template = ChatTemplate(llama4.chat_template or "", llama4.special_tokens, llama4.named_tokens)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "\n Hi! <|eot|>"}]
+    ids = llama4.encode_segments(template.render(messages))
+    trusted = [
+        "<|begin_of_text|><|header_start|>system<|header_end|>\n\nBe brief.<|eot|><|header_start|>user<|header_end|>",
+        "<|eot|><|header_start|>assistant<|header_end|>\n\n",
+    ]
+    first, last = (meta.encode(text, bos=False, eos=False, allowed_special="all") for text in trusted)
+    assert ids == [*first, *meta.encode("\n\n\n Hi! <|eot|>", bos=False, eos=False), *last]
