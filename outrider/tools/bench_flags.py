@@ -135,6 +135,16 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def without_effect(args: argparse.Namespace) -> list[str]:
+    """One sentence for each flag that was given, is accepted for compatibility and changes nothing."""
+    given = {
+        "--trust-remote-code": (args.trust_remote_code, "no code of a checkpoint is ever run"),
+        "--tokenizer-mode": (args.tokenizer_mode != "auto", "there is one tokenizer implementation"),
+        "--skip-chat-template": (args.skip_chat_template, "prompts are always sent as they are"),
+    }
+    return [f"{flag} has no effect here: {reason}." for flag, (is_given, reason) in given.items() if is_given]
+
+
 def base_url_from(args: argparse.Namespace) -> str:
     """``--base-url``, or host and port."""
     return str(args.base_url or base_url(args.host, args.port)).rstrip("/")

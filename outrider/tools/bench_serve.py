@@ -45,6 +45,8 @@ class Run:
 def run(args: argparse.Namespace) -> int:
     """Measure, report, save. Returns 0, or 1 when no request succeeded."""
     print(args)
+    for note in flags.without_effect(args):
+        print(note, file=sys.stderr)
     target, codec = prepare(args)
     finished = measure(args, target, codec)
     write_outputs(args, finished)

@@ -153,6 +153,7 @@ def test_the_recipes_benchmark_command(fake, shared, tmp_path):
     program = [sys.executable, str(REPO / installed["source"]), *words, *smaller]
     done = subprocess.run(program, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("no effect") == 1 and "--trust-remote-code has no effect" in done.stderr
     assert "Successful requests:                     6\n" in done.stdout
     assert "Maximum request concurrency:             512\n" in done.stdout
     assert (tmp_path / "vllm_benchmark_serving_results.json").is_file()
