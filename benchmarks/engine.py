@@ -130,6 +130,8 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=9216)
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--profile-batch", type=int, default=64)
+    parser.add_argument("--share", type=int, help="prompt tokens in a step that also decodes")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--enforce-eager", action="store_true")
     args = parser.parse_args()
     result: dict[str, Any] = {"command": " ".join(__import__("sys").argv), "date": time.strftime("%Y-%m-%d")}
@@ -146,6 +148,8 @@ def main() -> None:
             max_model_len=args.max_model_len,
             enable_prefix_caching=False,
             enforce_eager=args.enforce_eager,
+            prefill_share_tokens=args.share,
+            gpu_memory_utilization=args.gpu_memory_utilization,
         ),
         lambda *_: None,
     )
@@ -166,7 +170,12 @@ def main() -> None:
         result["decode"].append(row)
         print(row, flush=True)
     if args.profile:
-        args.profile.write_text(profile(driver, args.profile_batch, args.prompt_len))
+        tables = [
+            profile(driver, 1, 1024, 0, 1),
+            profile(driver, 1, 1024, 4, 20),
+            profile(driver, args.profile_batch, args.prompt_len, 40, 5),
+        ]
+        args.profile.write_text("".join(tables))
     result |= {"torch": torch.__version__, "triton": __import__("triton").__version__}
     print(json.dumps(result))
 

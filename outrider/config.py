@@ -150,6 +150,13 @@ class EngineConfig(_Checked):
     max_logprobs: int = option(
         20, "Most alternatives a request may ask for (-1: no limit)", group="Model", min=-1
     )
+    prefill_share_tokens: int | None = option(
+        None,
+        "Most prompt tokens in a step that also decodes; bounds how long a step can delay a stream "
+        "(default 512 on a GPU, 128 on a CPU)",
+        group="Scheduler",
+        min=1,
+    )
     scheduling_policy: str = option(
         "fcfs", "Order of the waiting queue", group="Scheduler", choices=("fcfs", "priority")
     )
@@ -192,6 +199,9 @@ class ServerConfig(_Checked):
         group="HTTP",
         secret=True,
     )
+    api_key_file: str | None = option(
+        None, "File with one key a line, beside those of --api-key", group="HTTP"
+    )
     root_path: str = option("", "Path prefix under which a proxy serves this server", group="HTTP")
     ssl_keyfile: str | None = option(None, "File of the TLS private key", group="HTTP")
     ssl_certfile: str | None = option(None, "File of the TLS certificate", group="HTTP")
@@ -210,6 +220,17 @@ class ServerConfig(_Checked):
     enable_prompt_tokens_details: bool = option(False, "Report cached prompt tokens in usage", group="HTTP")
     shutdown_timeout: float = option(
         30.0, "Seconds that running requests get to finish after SIGTERM", group="HTTP", min=0, max=86_400
+    )
+    request_timeout: float = option(
+        3600.0, "Seconds that a request may take from arrival to its last token", group="HTTP", above=0
+    )
+    max_num_queued_tokens: int | None = option(
+        None,
+        "Prompt tokens that may wait when --max-num-seqs requests are there already; more are answered 503 "
+        "(default: what is prefilled in 10 seconds, as measured)",
+        group="HTTP",
+        min=0,
+        auto=True,
     )
 
     tokenizer: str | None = option(

@@ -61,7 +61,7 @@ def resolve(config: EngineConfig, model: ModelConfig) -> Resolved:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         max_model_len=max_model_len,
-        prefill_share_tokens=min(budget, 512 if on_gpu else 128),
+        prefill_share_tokens=min(budget, config.prefill_share_tokens or (512 if on_gpu else 128)),
     )
 
 

@@ -180,4 +180,5 @@ def _info(model: Facts, plan: KVPlan, engine: Engine, stages: dict[str, float]) 
         max_concurrency=round(concurrency, 2),
         startup_s=stages,
         weights_gb=round(model.weight_bytes / 1e9, 3),
+        max_num_seqs=resolved.max_num_seqs,
     )

@@ -7,7 +7,9 @@ holds the logits answers with the step's result.
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import signal
 import socket
 import sys
 from datetime import timedelta
@@ -164,6 +166,9 @@ def serve(channel: Channel) -> None:
 def main(fd: int, parent_pid: int) -> int:
     """Run the rank; the exit code is 0 when the engine ended first."""
     die_with_parent(parent_pid)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=fd), ToRank)
     try:
         serve(channel)
