@@ -121,7 +121,8 @@ def fill_slots(
     progress: Progress | None = None,
 ) -> None:
     """Check every name and shape, then copy each slot's part into place; ``progress(bytes done, bytes in all)``."""
-    check_names(builder.slots, file, is_unused)
+    others = tuple(builder.unused_prefixes)
+    check_names(builder.slots, file, lambda name: name.startswith(others) or is_unused(name))
     total = sum(slot.dest.numel() * slot.dest.element_size() for slot in builder.slots)
     done = 0
     for slot in builder.slots:

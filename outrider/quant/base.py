@@ -61,7 +61,10 @@ class WeightSlot:
 
 @dataclass(slots=True)
 class WeightBuilder:
-    """Allocates weights on one device and remembers what must be loaded into them."""
+    """Allocates weights on one device and remembers what must be loaded into them.
+
+    ``unused_prefixes`` begin the names of tensors that belong to other tensor ranks alone.
+    """
 
     source: Source
     parallel: Parallel
@@ -69,6 +72,7 @@ class WeightBuilder:
     device: torch.device
     slots: list[WeightSlot] = field(default_factory=list)
     after_load: list[Callable[[], None]] = field(default_factory=list)
+    unused_prefixes: list[str] = field(default_factory=list)
     num_bytes: int = 0
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:

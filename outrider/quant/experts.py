@@ -106,6 +106,8 @@ class _PerExpertLayout:
         self.builder, self.name, self.shape = builder, name, shape
         first, count = shape.experts
         self.prefixes = [f"{name}.{first + i}" for i in range(count)]
+        others = (i for i in range(shape.num_experts) if not first <= i < first + count)
+        builder.unused_prefixes += [f"{name}.{i}." for i in others]
         projections = ("gate_proj", "up_proj", "down_proj")
         self.weight_names = [f"{prefix}.{p}.weight" for prefix in self.prefixes for p in projections]
 

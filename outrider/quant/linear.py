@@ -175,6 +175,7 @@ def _add_scalars(builder: WeightBuilder, suffix: str, parts: tuple[Part, ...]) -
 def _add_bias(builder: WeightBuilder, parts: tuple[Part, ...], cols: Columns) -> torch.Tensor | None:
     """The stacked biases. Where ranks split the in features their outputs are summed: one rank adds the bias."""
     if cols.start:
+        builder.unused_prefixes += [f"{part.name}.bias" for part in parts]
         return None
     dest = builder.empty(_num_rows(parts))
     for part, rows in zip(parts, _split(dest, parts), strict=True):
