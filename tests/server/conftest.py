@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+import uvloop
 from fastapi import FastAPI
 
 from outrider.config import EngineConfig, ServerConfig
@@ -63,15 +64,17 @@ class Server:
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         config = uvicorn.Config(app, log_level="warning", lifespan="on", timeout_keep_alive=60)
         self._uvicorn = uvicorn.Server(config)
-        self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._uvicorn.serve(sockets=[self._socket])), daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         self.http = httpx.Client(base_url=self.url, timeout=30)
         for _ in range(100):
             if self._uvicorn.started:
                 break
             threading.Event().wait(0.02)
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._uvicorn.serve(sockets=[self._socket]))
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.http.post(path, json=body)

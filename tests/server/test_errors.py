@@ -140,7 +140,7 @@ def test_fuzzed_bodies_never_break_the_server(server: Server) -> None:
     ]
     pool: list[Any] = [None, True, False, 0, 1, -1, 2, 0.5, "", "x", "<|eot|>", [], [1], ["a"], {}, {"a": 1}]
     pool += [2**31, 2**63, -(2**63), 1e308, [[1]], [[]], {"type": "json_object"}, "tiny"]
-    for _ in range(400):
+    for _ in range(2000):
         body = {"prompt": "x"} | {rng.choice(names): rng.choice(pool) for _ in range(rng.randrange(1, 5))}
         response = server.post("/v1/completions", **body)
         assert response.status_code in (200, 400, 404), (body, response.text)
@@ -187,7 +187,7 @@ def test_fuzzed_chats_never_break_the_server(make_server: MakeServer) -> None:
     template = "{% for m in messages %}{{ m.role + m.content }}{{ m.tool_calls[0].function.arguments.x }}{% endfor %}"
     for config in ({}, {"chat_template": template + "{{ tools | tojson }}{{ documents }}{{ note }}"}):
         server = make_server(server=config)
-        for _ in range(200):
+        for _ in range(800):
             message = {"role": rng.choice(["user", "assistant", "tool"]), "content": random_json(rng)}
             message |= {
                 key: random_json(rng) for key in rng.sample(["tool_calls", "name", "tool_call_id"], 2)
