@@ -23,6 +23,7 @@ from outrider.server.logprobs import chat_logprobs, prompt_logprobs
 from outrider.server.messages import render_chat
 from outrider.server.protocol import ChatBody, ChatChoice, ChatLogprobs, ChatMessage, ChatResponse
 from outrider.server.sampling import output_budget, sampling_params, truncate
+from outrider.server.tools import ToolCallOutput, ToolUse, constrained, tool_use
 from outrider.types import TokenLogprobs
 
 _encode = msgspec.json.encode
@@ -65,9 +66,9 @@ class PlainText:
         return finish_reason
 
 
-def output_parser(context: ServerContext, body: ChatBody) -> OutputParser:
+def output_parser(use: ToolUse | None) -> OutputParser:
     """The parser that the request's tools call for."""
-    return PlainText()
+    return PlainText() if use is None else ToolCallOutput(use)
 
 
 async def create_chat_completion(context: ServerContext, http: HttpRequest, body: ChatBody) -> Response:
@@ -77,6 +78,9 @@ async def create_chat_completion(context: ServerContext, http: HttpRequest, body
     wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     if wanted == 0:
         raise RequestError("max_tokens must be at least 1, got 0.", param="max_tokens")
+    use = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
+    if use is None and context.server_config.exclude_tools_when_tool_choice_none:
+        body.tools = None
     prompt = await render_chat(context, body, documents=body.documents)
     if prompt.images and body.truncate_prompt_tokens is not None:
         raise RequestError(
@@ -91,8 +95,8 @@ async def create_chat_completion(context: ServerContext, http: HttpRequest, body
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
     )
-    generation = call.generation(body, [prompt], [params])
-    parsers = [output_parser(context, body) for _ in generation.choices]
+    generation = call.generation(body, [prompt], [constrained(params, use)])
+    parsers = [output_parser(use) for _ in generation.choices]
     return await call.answer(
         body,
         generation,
