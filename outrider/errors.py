@@ -8,8 +8,9 @@ OutriderError
 │   ├── TooLargeError      the body is larger than the server reads (413)
 │   ├── MediaError         an image could not be fetched or decoded (422)
 │   └── OverloadedError    the queue is full (503, with Retry-After)
-└── EngineError            the engine failed or is gone (500/503); the text never leaks internals
-    └── EngineDeadError    the engine process has ended
+└── EngineError            the engine failed or is gone (500/503/504); the text never leaks internals
+    ├── EngineDeadError    the engine process has ended, or is not ready
+    └── DeadlineError      the request took longer than allowed (504)
 """
 
 from __future__ import annotations
@@ -79,7 +80,14 @@ class EngineError(OutriderError):
 
 
 class EngineDeadError(EngineError):
-    """The engine process has ended."""
+    """The engine process has ended, or is not ready yet."""
 
     status = 503
     type = "ServiceUnavailableError"
+
+
+class DeadlineError(EngineError):
+    """The request took longer than ``--request-timeout``."""
+
+    status = 504
+    type = "GatewayTimeoutError"

@@ -187,7 +187,10 @@ class StepResult(msgspec.Struct, array_like=True):
 
 
 class EngineStats(msgspec.Struct, array_like=True):
-    """A snapshot of the engine, sent with every batch of events; counters only ever grow."""
+    """A snapshot of the engine, sent with every batch of events; counters only ever grow.
+
+    ``ledger_checks`` counts how often the idle engine found every block and every row where its books say.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -202,6 +205,7 @@ class EngineStats(msgspec.Struct, array_like=True):
     preemptions: int = 0
     step_tokens: int = 0
     last_step_s: float = 0.0
+    ledger_checks: int = 0
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -221,3 +225,4 @@ class EngineInfo(msgspec.Struct, frozen=True):
     max_concurrency: float
     startup_s: dict[str, float] = {}
     weights_gb: float = 0.0
+    max_num_seqs: int = 0

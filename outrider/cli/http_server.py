@@ -18,11 +18,15 @@ from typing import Any
 
 import uvicorn
 
+from outrider.cli.http_protocol import BoundedProtocol
 from outrider.config import ServerConfig
 
 # After the deadline: time for the final events to reach clients before their connections are cut.
 LAST_WORDS_S = 5.0
 KEEP_ALIVE_S = 5
+
+# What the kernel may hold of an answer that nobody reads; inherited by every connection.
+SEND_BUFFER_BYTES = 256 << 10
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +74,7 @@ def uvicorn_config(app: Any, config: ServerConfig) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         loop="none",
-        http="httptools",
+        http=BoundedProtocol,
         ws="none",
         log_config=None,
         access_log=not config.disable_uvicorn_access_log,
@@ -92,6 +96,7 @@ async def run_http(
     server = HttpServer(uvicorn_config(app, config), config.shutdown_timeout, end_requests)
     # uvicorn raises the signal again when it is done; by then there is nothing left to stop.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
     sock.listen(server.config.backlog)
     await server.serve(sockets=[sock])
 

@@ -20,6 +20,7 @@ from outrider import __version__
 from outrider.cli.help import serve_help
 from outrider.cli.parser import parse_serve
 from outrider.config import EngineConfig, ServerConfig
+from outrider.errors import ConfigError
 
 if TYPE_CHECKING:
     import socket
@@ -79,16 +80,33 @@ def resolve_files(
     tokenizer = model
     if server.tokenizer and server.tokenizer != engine.model:
         tokenizer = resolve_model(server.tokenizer, weights=False, **hub)
-    key = environment.get("OUTRIDER_API_KEY") or environment.get("VLLM_API_KEY")
     return (
         replace(engine, model=str(model)),
         replace(
             server,
             tokenizer=str(tokenizer),
             served_model_name=server.served_model_name or [engine.model or EMBEDDED_NAME],
-            api_key=server.api_key or ([key] if key else []),
+            api_key=api_keys(server, environment),
         ),
     )
+
+
+def api_keys(server: ServerConfig, environment: Mapping[str, str]) -> list[str]:
+    """The keys of ``--api-key`` and ``--api-key-file``, else the one in the environment."""
+    keys = list(server.api_key)
+    if server.api_key_file:
+        try:
+            text = Path(server.api_key_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            raise ConfigError(f"--api-key-file {server.api_key_file} cannot be read as text.") from None
+        in_file = [line.strip() for line in text.splitlines() if line.strip()]
+        if not in_file:
+            raise ConfigError(f"--api-key-file {server.api_key_file} holds no key; write one a line.")
+        keys += in_file
+    if not keys:
+        key = environment.get("OUTRIDER_API_KEY") or environment.get("VLLM_API_KEY")
+        keys = [key] if key else []
+    return keys
 
 
 async def _serve(engine_config: EngineConfig, server_config: ServerConfig, sock: socket.socket) -> None:
@@ -122,12 +140,13 @@ async def _start_engine(
 ) -> tuple[ProcessEngineClient, Tokenizer]:
     """The engine, ready, and the tokenizer, read and checked meanwhile; what fails first ends the other."""
     from outrider.cli.progress import StartupProgress
-    from outrider.engine.client import ProcessEngineClient
+    from outrider.engine.client import Bounds, ProcessEngineClient
     from outrider.server.app import load_chat_template
     from outrider.text.tokenizer import Tokenizer
 
+    bounds = Bounds(server_config.max_num_queued_tokens, server_config.request_timeout)
     with StartupProgress() as progress:
-        client = ProcessEngineClient(engine_config, progress)
+        client = ProcessEngineClient(engine_config, progress, bounds)
         starting = asyncio.create_task(client.start())
         try:
             tokenizer = await asyncio.to_thread(Tokenizer.load, str(server_config.tokenizer))

@@ -14,9 +14,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 from outrider.config import EngineConfig
+from outrider.engine.backlog import Backlog
+from outrider.engine.liveness import RESTART_S, TICK_S, Liveness
 from outrider.engine.messages import (
     Abort,
     Add,
@@ -31,89 +35,56 @@ from outrider.engine.messages import (
     encode_frame,
 )
 from outrider.engine.protocol import Health
+from outrider.engine.streams import EventStream
 from outrider.errors import ConfigError, EngineDeadError, EngineError
 from outrider.types import FINISH_ERROR, EngineInfo, EngineStats, Request, TokenEvent
-
-STALL_S = 8.0
-"""Silence after which the engine counts as stalled; it speaks at least once a second when healthy."""
 
 ProgressCallback = Callable[[str, int, int], None]
 
 ENGINE_GONE = "The engine stopped while it worked on this request; send it again."
+ENGINE_STARTING = "The engine is starting; try again in a few seconds."
+SHUTTING_DOWN = "The server is shutting down; send the request to another one."
+TOO_SLOW = "The client reads its answer too slowly; the server ended the request."
+EXPIRED = "The request took longer than the {:.0f} s that --request-timeout allows."
+
+_END_GRACE_S = 3.0
+_MAX_FAILED_STARTS = 5
+"""So many failed attempts to start the engine again, and the liveness probe gives up too."""
 
 logger = logging.getLogger("outrider.engine")
 
 
-class EventStream:
-    """The events of one request; what arrives while the consumer is away is merged into one event."""
+@dataclass(frozen=True)
+class Bounds:
+    """What one client may ask of the engine; see the flags of the same names. None: from the measured rate."""
 
-    def __init__(self, client: ProcessEngineClient, request_id: str) -> None:
-        self._client = client
-        self._request_id = request_id
-        self._pending: TokenEvent | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._ended = False
-
-    def put(self, event: TokenEvent) -> None:
-        """Add an event; wakes the consumer."""
-        self._pending = event if self._pending is None else _merged(self._pending, event)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def __aiter__(self) -> AsyncIterator[TokenEvent]:
-        return self
-
-    async def __anext__(self) -> TokenEvent:
-        if self._ended:
-            raise StopAsyncIteration
-        while self._pending is None:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        event, self._pending = self._pending, None
-        if event.finish_reason is not None:
-            self._ended = True
-        return event
-
-    async def aclose(self) -> None:
-        """Give up on the rest; the engine frees the request's blocks."""
-        self._ended = True
-        self._client.abort(self._request_id)
-
-
-def _merged(first: TokenEvent, second: TokenEvent) -> TokenEvent:
-    logprobs = None
-    if first.logprobs is not None or second.logprobs is not None:
-        logprobs = (first.logprobs or []) + (second.logprobs or [])
-    return TokenEvent(
-        first.request_id,
-        first.token_ids + second.token_ids,
-        second.finish_reason,
-        second.stop_reason,
-        logprobs,
-        first.prompt_logprobs or second.prompt_logprobs,
-        first.num_cached_tokens or second.num_cached_tokens,
-        second.error,
-        second.error_status,
-    )
+    max_num_queued_tokens: int | None = None
+    request_timeout: float = 3600.0
 
 
 class ProcessEngineClient:
     """One engine process and the requests it works on."""
 
-    def __init__(self, config: EngineConfig, on_progress: ProgressCallback | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_progress: ProgressCallback | None = None,
+        bounds: Bounds | None = None,
+    ) -> None:
         self._config = config
         self._on_progress = on_progress
+        self._bounds = bounds or Bounds()
         self._streams: dict[str, EventStream] = {}
+        self._backlog = Backlog(self._bounds.max_num_queued_tokens)
+        self._liveness = Liveness()
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._last_message_s = 0.0
-        self._last_step_s = time.monotonic()
-        self._engine_has_work = False
         self._ready = False
         self._closing = False
-        self._stall_reported = False
+        self._in_stall = False
+        self._failed_starts = 0
         self.num_restarts = 0
         self.num_stalls = 0
         self.stats = EngineStats()
@@ -127,20 +98,24 @@ class ProcessEngineClient:
         self._supervisor = asyncio.create_task(self._supervise())
 
     async def close(self) -> None:
-        """End the process; running requests get a final error event."""
+        """End the process; running requests get a final error event first. Idempotent."""
         self._closing = True
+        self._ready = False
+        self._fail_all(SHUTTING_DOWN)
         self._send(Stop())
         if self._supervisor is not None:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
-        await self._end_process(grace_s=3.0)
-        self._fail_all(ENGINE_GONE)
+        await self._end_process(_END_GRACE_S)
 
     async def _launch(self) -> None:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "outrider.engine.process", str(theirs.fileno()), str(os.getpid())]
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        # A session of its own: the ranks that the engine starts are in it, so that all end together.
+        self._process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+        )
         theirs.close()
         self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 24)
         self._frames = FrameReader(FromEngine)
@@ -154,7 +129,6 @@ class ProcessEngineClient:
         data = await self._reader.read(1 << 20)
         if not data:
             raise EngineDeadError("The engine process ended; the log above says why.")
-        self._last_message_s = time.monotonic()
         return self._frames.feed(data)
 
     async def _supervise(self) -> None:
@@ -166,7 +140,7 @@ class ProcessEngineClient:
                     while True:
                         for message in await self._read():
                             self._handle(message)
-                except (EngineDeadError, OSError, ValueError) as error:
+                except (EngineError, OSError, ValueError) as error:
                     await self._recover(error)
         finally:
             watchdog.cancel()
@@ -181,45 +155,66 @@ class ProcessEngineClient:
             try:
                 await self._launch()
                 self.num_restarts += 1
+                self._failed_starts = 0
+                logger.info("The engine is ready again.")
                 return
-            except (EngineError, ConfigError, OSError) as failure:
+            except (EngineError, ConfigError, OSError, ValueError) as failure:
+                self._failed_starts += 1
                 logger.error("The engine could not be started again: %s", failure)
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, 30.0)
 
     async def _end_process(self, grace_s: float) -> None:
+        """Wait for the process up to ``grace_s``, then kill what is left of its session."""
         process = self._process
         if process is None:
             return
         deadline = time.monotonic() + grace_s
         while process.poll() is None and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        if process.poll() is None:
-            process.kill()
+        _signal_session(process.pid, signal.SIGKILL)
         await asyncio.to_thread(process.wait)
+        self._process = None
         if self._writer is not None:
             self._writer.close()
 
     async def _watch(self) -> None:
-        """Notice a stall: log every thread's stack once per stall, and count it."""
+        """Once a second: notice a stall, and end requests that are over their time."""
         while True:
-            await asyncio.sleep(1.0)
-            stalled = self._ready and time.monotonic() - self._last_message_s > STALL_S
-            if stalled and not self._stall_reported and self._process is not None:
-                self.num_stalls += 1
-                logger.error("The engine has been silent for %.0f s; its stacks follow.", STALL_S)
-                self._process.send_signal(signal.SIGUSR1)
-            self._stall_reported = stalled
+            await asyncio.sleep(TICK_S)
+            self._liveness.tick()
+            self._note_stall(self._liveness.stalled_s if self._ready else 0.0)
+            now = time.monotonic()
+            for request_id in [rid for rid, stream in self._streams.items() if now > stream.expires_s]:
+                self._end_stream(request_id, EXPIRED.format(self._bounds.request_timeout), status=504)
+
+    def _note_stall(self, stalled_s: float) -> None:
+        """Log every thread's stack once per stall, and count it; a stall that does not end is killed."""
+        process = self._process
+        if stalled_s and not self._in_stall and process is not None:
+            self.num_stalls += 1
+            logger.error(
+                "The engine has not moved for %.0f s (process %d is %s); the stacks of its threads follow.",
+                stalled_s,
+                process.pid,
+                _process_state(process.pid),
+            )
+            _signal_session(process.pid, signal.SIGUSR1)
+        if stalled_s > RESTART_S and process is not None:
+            logger.error("The engine has not moved for %.0f s; killing it.", stalled_s)
+            _signal_session(process.pid, signal.SIGKILL)
+        if self._in_stall and not stalled_s:
+            logger.info("The engine moves again.")
+        self._in_stall = stalled_s > 0
 
     # -- messages ------------------------------------------------------------------------------------
 
     def _handle(self, message: object) -> None:
         match message:
             case Events(events, stats, has_work):
-                if stats.steps != self.stats.steps or not has_work:
-                    self._last_step_s = time.monotonic()
+                self._liveness.message(stats.steps, has_work)
+                self._backlog.observe(stats.prompt_tokens)
                 self.stats = stats
-                self._engine_has_work = has_work
                 for event in events:
                     self._deliver(event)
             case Progress(stage, done, total):
@@ -227,6 +222,7 @@ class ProcessEngineClient:
                     self._on_progress(stage, done, total)
             case Ready(info):
                 self.info = info
+                self._liveness.restart()
                 self._ready = True
             case Refused(text, is_config):
                 raise ConfigError(text) if is_config else EngineError(text)
@@ -235,13 +231,21 @@ class ProcessEngineClient:
         stream = self._streams.get(event.request_id)
         if stream is None:
             return  # aborted by its client
+        self._backlog.remove(event.request_id)
         if event.finish_reason is not None:
             del self._streams[event.request_id]
-        stream.put(event)
+        if not stream.put(event) and event.finish_reason is None:
+            self._end_stream(event.request_id, TOO_SLOW)
+
+    def _end_stream(self, request_id: str, error: str, status: int = 500) -> None:
+        """Stop a request from this side: its reader gets the error, the engine an abort."""
+        stream = self._streams[request_id]
+        self.abort(request_id)
+        stream.replace(TokenEvent(request_id, [], FINISH_ERROR, error=error, error_status=status))
 
     def _fail_all(self, error: str) -> None:
         for request_id in list(self._streams):
-            self._deliver(TokenEvent(request_id, [], FINISH_ERROR, error=error))
+            self._deliver(TokenEvent(request_id, [], FINISH_ERROR, error=error, error_status=503))
 
     def _send(self, message: object) -> None:
         if self._writer is not None and not self._writer.is_closing():
@@ -252,30 +256,48 @@ class ProcessEngineClient:
     def submit(self, request: Request) -> EventStream:
         """Hand over a request; see ``EngineClient.submit``."""
         if not self._ready:
-            raise EngineDeadError("The engine is starting; try again in a few seconds.")
-        stream = EventStream(self, request.request_id)
-        self._streams[request.request_id] = stream
+            raise EngineDeadError(SHUTTING_DOWN if self._closing else ENGINE_STARTING)
+        request_id, num_tokens = request.request_id, len(request.prompt_token_ids)
+        self._backlog.check(num_tokens, len(self._streams), self.info.max_num_seqs)
+        stream = EventStream(lambda: self.abort(request_id), time.monotonic() + self._bounds.request_timeout)
+        self._streams[request_id] = stream
+        self._backlog.add(request_id, num_tokens)
         self._send(Add(request))
         return stream
 
     def abort(self, request_id: str) -> None:
         """Stop working on a request; see ``EngineClient.abort``."""
+        self._backlog.remove(request_id)
         if self._streams.pop(request_id, None) is not None:
             self._send(Abort([request_id]))
 
     def health(self) -> Health:
         """Whether the process lives, and whether its steps move while there is work."""
-        now = time.monotonic()
-        age = now - self._last_step_s if self._engine_has_work else 0.0
+        age = self._liveness.step_age_s
         if self._process is None or self._process.poll() is not None or not self._ready:
-            return Health(False, False, "The engine process is not running.", age)
-        if now - self._last_message_s > STALL_S:
-            return Health(
-                False, True, f"The engine has been silent for {now - self._last_message_s:.0f} s.", age
-            )
+            reason = SHUTTING_DOWN if self._closing else "The engine is not running; it is being started."
+            return Health(False, self._failed_starts < _MAX_FAILED_STARTS, reason, age)
+        stalled_s = self._liveness.stalled_s
+        if stalled_s:
+            return Health(False, True, f"The engine has not moved for {stalled_s:.0f} s.", age)
         return Health(True, True, "", age)
 
     async def reset_prefix_cache(self) -> bool:
         """Forget cached prompt beginnings; blocks in use are kept by their requests."""
         self._send(ResetPrefixCache())
         return True
+
+
+def _signal_session(pid: int, number: signal.Signals) -> None:
+    """Signal the engine and everything it started; nothing happens when all of it is gone."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, number)
+
+
+def _process_state(pid: int) -> str:
+    """The kernel's word for what the process does, such as ``S (sleeping)`` or ``T (stopped)``."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return "unknown"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("State:")), "unknown")

@@ -7,6 +7,7 @@ the device's. The plain loop is its oracle: both give the same greedy ids.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 
@@ -14,7 +15,13 @@ from outrider.engine.executor import Executor, StepHandle
 from outrider.engine.grammar import GrammarCompiler
 from outrider.engine.plan import Plan
 from outrider.engine.scheduler import Scheduler
+from outrider.errors import EngineError
 from outrider.types import FINISH_ERROR, EngineStats, Request, TokenEvent
+
+MAX_FAILED_LAUNCHES = 3
+"""So many failures in a row are the device's, not a request's."""
+
+logger = logging.getLogger("outrider.engine")
 
 
 class Engine:
@@ -29,6 +36,7 @@ class Engine:
         self._depth = depth
         self._in_flight: deque[tuple[Plan, StepHandle]] = deque()
         self._last_commit = time.perf_counter()
+        self._num_failed = 0
 
     @property
     def has_work(self) -> bool:
@@ -68,7 +76,7 @@ class Engine:
         events = self._collect_grammars()
         plan = self.scheduler.schedule()
         if plan is not None:
-            self._in_flight.append((plan, self._executor.launch(plan.step)))
+            events += self._launch(plan)
         if self._in_flight and (plan is None or len(self._in_flight) >= self._depth):
             oldest, handle = self._in_flight.popleft()
             events += self.scheduler.commit(oldest, handle.wait())
@@ -76,6 +84,21 @@ class Engine:
             self.scheduler.stats.last_step_s = now - self._last_commit
             self._last_commit = now
         return events
+
+    def _launch(self, plan: Plan) -> list[TokenEvent]:
+        """Launch a plan. An exception before it reached the device ends its sequences; a broken device ends us."""
+        try:
+            self._in_flight.append((plan, self._executor.launch(plan.step)))
+        except (OSError, EngineError):
+            raise  # ranks that got the plan and ranks that did not are no longer in step
+        except Exception:
+            self._num_failed += 1
+            if self._num_failed > MAX_FAILED_LAUNCHES:
+                raise
+            logger.exception("A step could not be launched; its %d requests end.", len(plan.sequences))
+            return self.scheduler.fail(plan)
+        self._num_failed = 0
+        return []
 
     def stats(self) -> EngineStats:
         """A snapshot for the metrics."""

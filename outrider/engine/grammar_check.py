@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -244,6 +245,7 @@ def main(fd: int, parent_pid: int) -> None:
     """Check grammars until the socket closes."""
     from outrider.engine.process import die_with_parent
 
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks the engine, whose session this is, for its stacks
     die_with_parent(parent_pid)
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 
 import msgspec
 
@@ -35,10 +36,13 @@ from outrider.engine.messages import (
     encode_frame,
     send_frame,
 )
+from outrider.engine.scheduler import FAILED
 from outrider.errors import ConfigError
-from outrider.types import TokenEvent
+from outrider.types import FINISH_ERROR, Request, TokenEvent
 
 HEARTBEAT_S = 1.0
+NEWS_S = 0.1
+"""Steps without events (chunks of a long prompt) are reported this often."""
 _PR_SET_PDEATHSIG = 1
 
 logger = logging.getLogger("outrider.engine")
@@ -79,6 +83,8 @@ class EngineLoop:
         self._outbox = outbox
         self._reader = FrameReader(ToEngine)
         self._stopping = False
+        self._was_busy = True
+        self._published_s = 0.0
 
     def run(self) -> None:
         """Serve until the front end says stop or goes away."""
@@ -86,16 +92,28 @@ class EngineLoop:
             timeout = 0.0 if self._engine.has_work else HEARTBEAT_S
             events = self._receive(timeout)
             if self._engine.has_work:
+                self._was_busy = True
                 events += self._engine.step()
                 if not events and not self._engine.is_launching:
                     self._receive(0.001)  # only grammars are being built: do not spin
-            elif not events:
-                self._engine.scheduler.check_integrity()
+            elif not events and self._was_busy:
+                self._check_ledger()
             self._publish(events)
 
+    def _check_ledger(self) -> None:
+        """Once after every busy time; books that do not add up end the process, and a new one starts clean."""
+        self._engine.scheduler.check_integrity()
+        self._engine.scheduler.stats.ledger_checks += 1
+        self._was_busy = False
+
     def _publish(self, events: list[TokenEvent]) -> None:
+        now = time.monotonic()
+        if not events and now - self._published_s < NEWS_S:
+            return
+        self._published_s = now
         stats = msgspec.structs.replace(self._engine.stats())
-        self._outbox.send(Events(events, stats, self._engine.has_work))
+        owes_steps = self._engine.scheduler.has_work or self._engine.is_launching
+        self._outbox.send(Events(events, stats, owes_steps))
 
     def _receive(self, timeout: float) -> list[TokenEvent]:
         """Take in what has arrived, waiting up to ``timeout`` seconds for the first of it."""
@@ -113,7 +131,7 @@ class EngineLoop:
     def _handle(self, message: object) -> list[TokenEvent]:
         match message:
             case Add(request):
-                return self._engine.add(request)
+                return self._add(request)
             case Abort(request_ids):
                 return [event for rid in request_ids for event in self._engine.abort(rid)]
             case ResetPrefixCache():
@@ -121,6 +139,15 @@ class EngineLoop:
             case Stop():
                 self._stopping = True
         return []
+
+    def _add(self, request: Request) -> list[TokenEvent]:
+        """Whatever a request makes go wrong on its way in is its own failure, not the engine's."""
+        try:
+            return self._engine.add(request)
+        except Exception:
+            logger.exception("Request %s could not be added.", request.request_id)
+            self._engine.abort(request.request_id)
+            return [TokenEvent(request.request_id, [], FINISH_ERROR, error=FAILED)]
 
 
 def die_with_parent(parent_pid: int) -> None:

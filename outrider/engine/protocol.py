@@ -15,7 +15,7 @@ from outrider.types import EngineInfo, EngineStats, Request, TokenEvent
 
 
 class Health(msgspec.Struct, frozen=True):
-    """What a probe may know: ``alive`` (the process exists), ``ready`` (steps move while work exists), and why not.
+    """For probes: ``ready`` (steps move while work exists), ``alive`` (ready, or able to become so), and why not.
 
     ``last_step_age_s`` is the time in seconds since the last finished step; ``reason`` is safe to show to clients.
     """
@@ -31,6 +31,8 @@ class EngineClient(Protocol):
 
     info: EngineInfo
     stats: EngineStats
+    num_restarts: int
+    num_stalls: int
 
     def submit(self, request: Request) -> AsyncIterator[TokenEvent]:
         """Hand over ``request``; its events follow until one carries ``finish_reason``.

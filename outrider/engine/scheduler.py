@@ -8,6 +8,7 @@ go back in one place, ``_release``, when nothing on the device can still write t
 from __future__ import annotations
 
 import bisect
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ from outrider.types import (
 if TYPE_CHECKING:
     from outrider.engine.grammar import Grammar
 
+logger = logging.getLogger("outrider.engine")
+
+FAILED = "The engine failed on this request; the server's log says why."
 NOT_FINITE = "The model produced values that are not finite for this request; try a different prompt."
 TOO_LARGE = (
     "This request needs more KV cache than the server has ({needed} of {capacity} blocks); "
@@ -253,13 +257,39 @@ class Scheduler:
                 seq.prompt_logprobs.extend(prompt_logprobs)
             if piece.samples:
                 seq.num_pending -= 1
-                event = self._commit_token(seq, *next(samples))
+                event = self._commit_guarded(seq, *next(samples))
                 if event is not None:
                     events.append(event)
             if seq.status is SequenceStatus.FINISHED and seq.in_flight == 0:
                 self._release(seq)
         self.stats.steps += 1
         return events
+
+    def fail(self, plan: Plan) -> list[TokenEvent]:
+        """A plan that could not be launched: its sequences end, all others go on."""
+        events: list[TokenEvent] = []
+        for seq, piece in zip(plan.sequences, plan.step.slices, strict=True):
+            seq.in_flight -= 1
+            seq.num_pending -= piece.samples
+            if seq.status is not SequenceStatus.FINISHED:
+                events.append(self._fail_one(seq))
+            if seq.in_flight == 0:
+                self._release(seq)
+        return events
+
+    def _fail_one(self, seq: Sequence) -> TokenEvent:
+        self._finish(seq, FINISH_ERROR)
+        return TokenEvent(seq.request.request_id, [], FINISH_ERROR, error=FAILED)
+
+    def _commit_guarded(
+        self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None
+    ) -> TokenEvent | None:
+        """What a sequence's own state (its grammar) raises ends that sequence alone."""
+        try:
+            return self._commit_token(seq, token_id, logprobs)
+        except Exception:
+            logger.exception("Request %s could not be continued.", seq.request.request_id)
+            return None if seq.status is SequenceStatus.FINISHED else self._fail_one(seq)
 
     def _commit_positions(self, seq: Sequence, piece: SeqSlice) -> None:
         """Positions of the slice are final, unless the sequence lost its blocks meanwhile."""

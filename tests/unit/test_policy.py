@@ -31,7 +31,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "tools": ("cli", "text", "engine", "runner", "models.config_hf", "models.gguf", "kernels"),
     "server": ("text", "engine.client", "engine.protocol", "models.config_hf"),
     "text": ("models.gguf",),
-    "engine.client": ("engine.protocol", "engine.messages"),
+    "engine.client": ("engine.protocol", "engine.messages", "engine.streams", "engine.liveness", "engine.backlog"),
     "engine.process": ("engine", "runner.setup"),
     "engine.guidance": ("engine", "text"),
     "engine": (),
