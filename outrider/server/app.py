@@ -30,6 +30,8 @@ from outrider.server.protocol import (
     DetokenizeBody,
     TokenizeBody,
 )
+from outrider.server.responses import Responses
+from outrider.server.responses_input import ResponsesBody
 from outrider.text.chat_template import ChatTemplate
 from outrider.text.images import ImageProcessor
 from outrider.text.tokenizer import Tokenizer
@@ -110,6 +112,24 @@ def _add_generation_routes(app: FastAPI, context: ServerContext) -> None:
     @app.post("/v1/chat/completions", openapi_extra=_body_docs(ChatBody))
     async def chat_completions(http: Request) -> Response:
         return await create_chat_completion(context, http, await read_body(http, ChatBody))
+
+    responses = Responses(context)
+
+    @app.post("/v1/responses", openapi_extra=_body_docs(ResponsesBody))
+    async def create_response(http: Request) -> Response:
+        return await responses.create(http, await read_body(http, ResponsesBody))
+
+    @app.get("/v1/responses/{response_id}")
+    async def get_response(http: Request, response_id: str) -> Response:
+        return responses.get(http, response_id)
+
+    @app.delete("/v1/responses/{response_id}")
+    async def delete_response(http: Request, response_id: str) -> Response:
+        return responses.delete(http, response_id)
+
+    @app.post("/v1/responses/{response_id}/cancel")
+    async def cancel_response(http: Request, response_id: str) -> Response:
+        return responses.cancel(http, response_id)
 
     @app.post("/tokenize", openapi_extra=_body_docs(TokenizeBody))
     async def tokenize(http: Request) -> Response:

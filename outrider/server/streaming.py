@@ -63,12 +63,18 @@ class EventStreamResponse(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, frames: AsyncGenerator[bytes, None], on_close: Callable[[], None]) -> None:
-        """``frames`` yields one or several complete events at a time; ``on_close`` runs whatever happens."""
+    def __init__(
+        self, frames: AsyncGenerator[bytes, None], on_close: Callable[[], None], ending: bytes = DONE
+    ) -> None:
+        """``frames`` yields one or several complete events at a time; ``on_close`` runs whatever happens.
+
+        ``ending`` is sent last, also after an error.
+        """
         super().__init__(headers={"cache-control": "no-cache"})
         del self.headers["content-length"]
         self._frames = frames
         self._on_close = on_close
+        self._ending = ending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write the stream, or stop as soon as the client is gone."""
@@ -91,4 +97,4 @@ class EventStreamResponse(Response):
             await send({"type": "http.response.body", "body": sse(error_body(error)), "more_body": True})
         finally:
             await self._frames.aclose()
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+        await send({"type": "http.response.body", "body": self._ending, "more_body": False})
