@@ -8,13 +8,13 @@ a file. One stream of random numbers per tensor, seeded by its name, so ranks ne
 from __future__ import annotations
 
 import zlib
-from fnmatch import fnmatchcase
 
 import torch
 
-from outrider.models.config import ModelConfig, QuantConfig
+from outrider.models.config import ModelConfig
 from outrider.models.loader import Progress
 from outrider.quant.base import WeightBuilder, WeightSlot
+from outrider.quant.ignore_list import is_ignored, is_projection
 
 _QUANT_DTYPES = {"FP8": "F8_E4M3", "NVFP4": "U8"}
 _E4M3_ONE = 0x38
@@ -22,19 +22,6 @@ _E4M3_BELOW_TWO = 0xBF  # keeps the sign and clears the top exponent bit: every 
 _E4M3_RMS = 0.598  # root mean square of the e4m3 values left by that mask
 _E2M1_RMS = 2.926  # root mean square of the sixteen e2m1 values
 _LARGEST_ACTIVATION = 10.0  # amax that a calibration would see behind a norm, with room
-
-
-def is_ignored(module: str, quant: QuantConfig) -> bool:
-    """Whether the checkpoint's list keeps ``module`` (a canonical name) in high precision.
-
-    Entries are globs on dotted names, with or without a multimodal prefix; an entry covers the modules under
-    it too, and ModelOpt before 0.39 wrote bare names that count anywhere in the path.
-    """
-    for entry in quant.ignore:
-        bare = entry.removeprefix("language_model.").removeprefix("model.")
-        if any(fnmatchcase(module, p) for p in (bare, f"{bare}.*", f"*.{bare}", f"*.{bare}.*")):
-            return True
-    return False
 
 
 class DummySource:
@@ -48,9 +35,7 @@ class DummySource:
         quant = self.quant
         if name.endswith((".k_scale", ".v_scale")):
             return "F32" if quant and quant.kv_cache_algo else None
-        module = name.removesuffix(".weight")
-        is_linear = "_proj" in module and module.startswith("layers.")
-        if quant and is_linear and not is_ignored(module, quant):
+        if quant and is_projection(name) and not is_ignored(name.removesuffix(".weight"), quant.ignore):
             return _QUANT_DTYPES[quant.algo]
         return "BF16"
 

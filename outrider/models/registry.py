@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from outrider.models.config import ModelConfig
+from outrider.models.config import ModelConfig, QuantConfig
 from outrider.models.decoder import Decoder
 from outrider.models.dummy import DummySource, fill_random
 from outrider.models.llama import Llama
@@ -16,6 +17,9 @@ from outrider.models.loader import Progress, SafetensorsFile, WeightFile, fill_s
 from outrider.models.loader_gguf import GgufFile
 from outrider.parallel import Parallel
 from outrider.quant.base import Source, WeightBuilder
+from outrider.quant.ignore_list import disagreements
+
+logger = logging.getLogger("outrider.models")
 
 ARCHITECTURES: dict[str, type[Decoder]] = {
     "LlamaForCausalLM": Llama,
@@ -45,6 +49,8 @@ def load_model(
         config = replace(config, vision=None)
     file = None if load_format == "dummy" else open_weights(Path(path))
     source: Source = DummySource(config) if file is None else file
+    if file is not None and config.quant is not None:
+        _warn_of_disagreements(file, config.quant)
     model = build_model(
         config,
         parallel,
@@ -72,6 +78,19 @@ def build_model(
     """The model with uninitialised weights, allocated in the formats that ``source`` holds."""
     builder = WeightBuilder(source=source, parallel=parallel, dtype=dtype, device=device)
     return ARCHITECTURES[config.architecture](config, builder, kv_cache_dtype)
+
+
+def _warn_of_disagreements(file: WeightFile, quant: QuantConfig) -> None:
+    """The tensors decide; a list that says otherwise deserves one line in the log."""
+    stored = ((name, str(file.dtype_of(name))) for name in file.names())
+    names = sorted(disagreements(stored, quant.ignore))
+    if names:
+        logger.warning(
+            "%d tensors are stored otherwise than the checkpoint's quantization config says (first: %s); "
+            "they are used as stored.",
+            len(names),
+            names[0],
+        )
 
 
 def open_weights(path: Path) -> WeightFile:

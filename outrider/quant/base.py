@@ -107,16 +107,15 @@ class WeightBuilder:
 
     def format_of(self, *names: str) -> Format:
         """The common format of the tensors that one layer fuses; ``CheckpointError`` when they differ."""
-        formats = {name: self._one_format(name) for name in names}
+        formats = {name: self._one_format(name) for name in names if self.source.dtype_of(name) is not None}
         if len(set(formats.values())) > 1:
             listed = ", ".join(f"{name} is {fmt}" for name, fmt in formats.items())
             raise CheckpointError(f"These tensors must have one format to be multiplied together: {listed}.")
-        return next(iter(formats.values()))
+        # With none present any format does: the loader names the missing tensor.
+        return next(iter(formats.values()), Format.PLAIN)
 
     def _one_format(self, name: str) -> Format:
         dtype = self.source.dtype_of(name)
-        if dtype is None:
-            return Format.PLAIN  # the loader names the missing tensor
         if dtype not in FORMAT_OF_DTYPE:
             known = ", ".join(FORMAT_OF_DTYPE)
             raise CheckpointError(f"Tensor {name} is stored as {dtype}; weights must be one of {known}.")
