@@ -16,6 +16,7 @@ import torch
 from outrider.config import EngineConfig
 from outrider.engine.engine import Engine
 from outrider.engine.executor import Executor
+from outrider.engine.guidance import build_compiler
 from outrider.engine.kv_manager import KVManager
 from outrider.engine.scheduler import Limits, Scheduler
 from outrider.errors import ConfigError
@@ -116,7 +117,9 @@ def _make_engine(model: Facts, plan: KVPlan, executor: Executor) -> Engine:
     )
     kv = KVManager(plan.layout, plan.num_blocks, config.enable_prefix_caching)
     depth = 1 + config.pipeline_parallel_size if config.async_scheduling else 1
-    return Engine(Scheduler(kv, limits), executor, None, depth)
+    facts = model.model_config
+    compiler = build_compiler(config.model, None, facts.vocab_size, facts.eos_token_ids)
+    return Engine(Scheduler(kv, limits), executor, compiler, depth)
 
 
 def plan_kv(model: Facts, budget: int) -> KVPlan:
