@@ -84,20 +84,24 @@ def decode(driver: Driver, batch: int, prompt_len: int, num_tokens: int) -> dict
     }
 
 
-def profile(driver: Driver, batch: int, prompt_len: int) -> str:
-    """A table of device time by kernel over a few decode steps."""
+def profile(driver: Driver, batch: int, prompt_len: int, warm_steps: int, steps: int) -> str:
+    """Device time by kernel over ``steps`` steps, after ``warm_steps``; the first line gives the wall time."""
     for _ in range(batch):
-        driver.add(prompt_len, 24)
-    for _ in range(12):
+        driver.add(prompt_len, warm_steps + steps)
+    for _ in range(warm_steps):
         driver.engine.step()
+    torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(steps):
             driver.engine.step()
         torch.cuda.synchronize()
+        wall_ms = (time.perf_counter() - start) * 1e3
     driver.run()
-    return str(
-        profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60)
+    table = profiler.key_averages().table(
+        sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60
     )
+    return f"{steps} steps of {batch} x {prompt_len}, wall {wall_ms:.2f} ms\n{table}\n"
 
 
 def copy_bandwidth() -> float:

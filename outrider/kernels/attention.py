@@ -76,6 +76,9 @@ def paged_attention_reference(
         rows = q[starts[s] : starts[s + 1]]
         if rows.shape[0]:
             parts.append(_prefill(rows, cache, block_tables[s], lengths[s], sm_scale, chunk_size))
+    covered = sum(part.shape[0] for part in parts)
+    if covered < num_tokens:  # padding behind the last sequence
+        parts.append(q.new_zeros((num_tokens - covered, num_heads, head_dim)))
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out.reshape(num_tokens, num_heads * head_dim)
 
@@ -179,7 +182,9 @@ def paged_attention_triton(
 ) -> torch.Tensor:
     """Launch the decode kernels on the first ``num_decodes`` rows and the prefill kernel on the others."""
     num_tokens, num_heads, head_dim = q.shape
-    out = torch.empty((num_tokens, num_heads * head_dim), dtype=q.dtype, device=q.device)
+    # Graph padding behind the prefills belongs to no sequence; its rows must be finite all the same.
+    allocate = torch.zeros if num_tokens > num_decodes else torch.empty
+    out = allocate((num_tokens, num_heads * head_dim), dtype=q.dtype, device=q.device)
     if num_decodes:
         decode_attention(
             q[:num_decodes], k_cache, v_cache, block_tables, seq_lens, max_seq_len,

@@ -1,113 +1,123 @@
-"""Full CUDA graphs of decode steps: captured per batch size, replayed for any step that only decodes.
+"""Full CUDA graphs of whole steps: captured per shape, replayed for every step that fits it.
 
-Called by ``model_runner``. A graph holds the whole forward pass of a rank, chunked-attention layers included;
-its inputs are static buffers that a step's batch is copied into. A step of S sequences replays the smallest
-captured size that holds it; the rows beyond S have length 0 and write into the null block.
+Called by ``model_runner``. A graph holds a rank's forward pass, chunked-attention layers and mixed batches included;
+it reads one static buffer per shape, into which a step's arrays are copied just before. The usual shapes are captured
+before the server is ready, the others when they are first met.
 """
 
 from __future__ import annotations
 
-import bisect
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from outrider.models.decoder import Decoder
 from outrider.runner.batch import AttentionBatch, Batch
 from outrider.runner.kv_cache import KVCache
-
-START_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-"""Captured before the server is ready; the sizes between are captured when first met."""
-
-
-def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Every size a graph may have: fine steps where padding would cost most, 16 apart beyond 32."""
-    sizes = [*range(1, 9), *range(12, 33, 4), *range(48, max_num_seqs + 1, 16)]
-    return sorted({s for s in sizes if s < max_num_seqs} | {max_num_seqs})
+from outrider.runner.padding import ShapeTable, StepShape, pad
+from outrider.runner.rows import StepArrays
+from outrider.runner.staging import Staging
 
 
 @dataclass(slots=True)
 class _Captured:
+    """A shape's static input, and the graph with its output once it is captured."""
+
+    buffer: torch.Tensor
+    batch: Batch
     graph: torch.cuda.CUDAGraph
     output: torch.Tensor
 
 
-class DecodeGraphs:
-    """Static input buffers for ``max_num_seqs`` rows and the graphs that read their beginnings."""
+class StepGraphs:
+    """The graphs of one model and cache."""
 
     def __init__(
-        self, model: Decoder, kv: KVCache, *, max_num_seqs: int, max_model_len: int, device: torch.device
+        self,
+        model: Decoder,
+        kv: KVCache,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        device: torch.device,
     ) -> None:
-        layout = kv.layout
-        num_groups, self._width = len(layout.groups), -(-max_model_len // layout.block_size)
-        self._model, self._kv = model, kv
+        self._model, self._kv, self._device = model, kv, device
         self._max_model_len = max_model_len
-        self._sizes = graph_sizes(max_num_seqs)
-        self._captured: dict[int, _Captured] = {}
+        self._num_blocks = -(-max_model_len // kv.layout.block_size)
+        self._shapes = ShapeTable(max_num_seqs)
+        self._staging = Staging(device)
+        self._captured: dict[StepShape, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        n = max_num_seqs
-        self._token_ids = torch.zeros(n, dtype=torch.int64, device=device)
-        self._positions = torch.zeros(n, dtype=torch.int64, device=device)
-        self._seq_lens = torch.zeros(n, dtype=torch.int32, device=device)
-        self._query_start = torch.arange(n + 1, dtype=torch.int32, device=device)
-        # One buffer per size, because a slice of [G, N] along N would not be contiguous.
-        self._num_groups, self._device = num_groups, device
-        self._slots: dict[int, torch.Tensor] = {}
-        self._tables = torch.zeros((num_groups, n, self._width), dtype=torch.int32, device=device)
 
-    def covers(self, batch: Batch) -> bool:
-        """Whether the step is decodes only, and few enough."""
-        num_seqs = len(batch.attention.seq_lens)
-        return (
-            batch.attention.num_decodes == num_seqs and num_seqs <= self._sizes[-1] and batch.images is None
-        )
+    def shape_of(self, arrays: StepArrays) -> StepShape | None:
+        """The shape whose graph can run this step, or None."""
+        return self._shapes.shape_of(arrays)
 
-    def capture_start_sizes(self) -> None:
-        """Capture the usual sizes, the largest first so that the others fit into its memory."""
-        for size in sorted({s for s in START_SIZES if s in self._sizes} | {self._sizes[-1]}, reverse=True):
-            self._capture(size)
+    def pad(self, arrays: StepArrays, shape: StepShape) -> StepArrays:
+        """The step laid out as ``shape``."""
+        return pad(arrays, shape, self._num_blocks, self._max_model_len)
 
-    def replay(self, batch: Batch) -> torch.Tensor:
-        """Hidden states ``[S, M]`` of the step (valid until the next replay)."""
-        num_seqs = len(batch.token_ids)
-        size = self._sizes[bisect.bisect_left(self._sizes, num_seqs)]
-        if size not in self._captured:
-            self._capture(size)
-        attention = batch.attention
-        self._token_ids[:num_seqs].copy_(batch.token_ids)
-        self._positions[:num_seqs].copy_(batch.positions)
-        self._seq_lens[:num_seqs].copy_(attention.seq_lens)
-        self._seq_lens[num_seqs:size].zero_()
-        self._slots[size][:, :num_seqs].copy_(attention.slots)
-        self._slots[size][:, num_seqs:].zero_()
-        self._tables[:, :num_seqs, : attention.block_tables.shape[2]].copy_(attention.block_tables)
-        captured = self._captured[size]
+    def load(self, arrays: StepArrays, shape: StepShape) -> Batch:
+        """Copy a padded step into its shape's static buffer; the batch reads that buffer."""
+        captured = self._captured.get(shape) or self._capture(shape)
+        self._staging.upload(arrays.model_inputs(), captured.buffer)
+        return captured.batch
+
+    def replay(self, shape: StepShape) -> torch.Tensor:
+        """Hidden states ``[num_tokens, M]`` of the loaded step; valid until the next replay of any shape."""
+        captured = self._captured[shape]
         captured.graph.replay()
-        return captured.output[:num_seqs]
+        return captured.output
 
-    def _static_batch(self, size: int) -> Batch:
-        if size not in self._slots:
-            self._slots[size] = torch.zeros((self._num_groups, size), dtype=torch.int64, device=self._device)
-        attention = AttentionBatch(
-            query_start=self._query_start[: size + 1],
-            seq_lens=self._seq_lens[:size],
-            block_tables=self._tables[:, :size],
-            slots=self._slots[size],
-            num_decodes=size,
-            max_query_len=1,
-            max_seq_len=self._max_model_len,
+    def capture_start_shapes(self, prefill_share: int) -> None:
+        """Capture the usual shapes, the largest first so that the others fit into its memory."""
+        for shape in sorted(self._shapes.start_shapes(prefill_share), key=lambda s: -s.num_tokens):
+            self._capture(shape)
+
+    def _empty_step(self, shape: StepShape) -> StepArrays:
+        """A step of padding only: it reads nothing and writes only into the null block."""
+        none = np.zeros(0, dtype=np.int64)
+        num_groups = len(self._kv.layout.groups)
+        arrays = StepArrays(
+            token_ids=none,
+            positions=none,
+            slots=np.zeros((num_groups, 0), dtype=np.int64),
+            rows=none,
+            query_start=np.zeros(1, dtype=np.int32),
+            seq_lens=np.zeros(0, dtype=np.int32),
+            block_tables=np.zeros((num_groups, 0, self._num_blocks), dtype=np.int32),
+            device_tokens=none,
+            device_rows=none,
+            sample_tokens=none,
+            sample_rows=none,
+            output_index=none,
+            num_decodes=0,
+            max_query_len=0,
+            max_seq_len=0,
         )
-        return Batch(self._token_ids[:size], self._positions[:size], attention)
+        return self.pad(arrays, shape)
 
     @torch.inference_mode()
-    def _capture(self, size: int) -> None:
-        batch = self._static_batch(size)
-        # Empty rows: the capture's own run must read nothing and write only into the null block.
-        self._seq_lens[:size].zero_()
-        self._slots[size].zero_()
-        self._model.forward(batch, self._kv, None)  # compiles kernels outside the capture
+    def _capture(self, shape: StepShape) -> _Captured:
+        arrays = self._empty_step(shape)
+        buffer, tensors = self._staging.allocate(arrays.model_inputs())
+        self._staging.upload(arrays.model_inputs(), buffer)
+        token_ids, positions, slots, query_start, seq_lens, block_tables = tensors
+        attention = AttentionBatch(
+            query_start=query_start,
+            seq_lens=seq_lens,
+            block_tables=block_tables,
+            slots=slots,
+            num_decodes=arrays.num_decodes,
+            max_query_len=arrays.max_query_len,
+            max_seq_len=arrays.max_seq_len,
+        )
+        batch = Batch(token_ids, positions, attention)
+        self._model.forward(batch, self._kv)  # compiles kernels outside the capture
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            output = self._model.forward(batch, self._kv, None)
-        self._captured[size] = _Captured(graph, output)
+            output = self._model.forward(batch, self._kv)
+        captured = self._captured[shape] = _Captured(buffer, batch, graph, output)
+        return captured

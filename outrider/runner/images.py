@@ -34,6 +34,15 @@ class ImageStore:
         if init.images:
             self._images[init.row] = init.images
 
+    def touches(self, slices: list[SeqSlice]) -> bool:
+        """Whether any patch falls into the step (so that its embeddings are not the token table's)."""
+        return any(
+            start < piece.start + piece.num_tokens and start + length > piece.start
+            for piece in slices
+            for image in self._images.get(piece.row, ())
+            for start, length in image.spans
+        )
+
     def batch(self, slices: list[SeqSlice], arrays: StepArrays) -> ImageBatch | None:
         """The feature rows of this step and the token rows they overwrite; None if no patch is in it."""
         tokens: list[np.ndarray] = []

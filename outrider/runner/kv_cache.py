@@ -35,18 +35,17 @@ class KVCache:
             dtype=dtype,
             device=device,
         )
-        self._place = {
-            layer: (g, i) for g, group in enumerate(layout.groups) for i, layer in enumerate(group)
-        }
+        places = [(g, i, layer) for g, group in enumerate(layout.groups) for i, layer in enumerate(group)]
+        self._group_of = {layer: g for g, _, layer in places}
+        self._views = {layer: (self.data[:, i, 0], self.data[:, i, 1]) for _, i, layer in places}
 
     def group_of(self, layer: int) -> int:
         """The block-table group of a layer."""
-        return self._place[layer][0]
+        return self._group_of[layer]
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """``(k, v)`` views of a layer, each ``[num_blocks, kv_heads, block_size, head_dim]`` (strided)."""
-        index = self._place[layer][1]
-        return self.data[:, index, 0], self.data[:, index, 1]
+        return self._views[layer]
 
     @staticmethod
     def bytes_per_block(layout: KVLayout, num_kv_heads: int, head_dim: int, itemsize: int) -> int:

@@ -15,9 +15,10 @@ from outrider.kernels.sampling import SamplingRows, top_logprobs
 from outrider.models.decoder import Decoder
 from outrider.parallel import Parallel
 from outrider.runner.batch import AttentionBatch, Batch
-from outrider.runner.graphs import DecodeGraphs
+from outrider.runner.graphs import StepGraphs
 from outrider.runner.images import ImageStore
 from outrider.runner.kv_cache import KVCache
+from outrider.runner.padding import StepShape
 from outrider.runner.rows import RowTable, StepArrays
 from outrider.runner.sampler import Sampled, Sampler
 from outrider.runner.staging import Staging
@@ -64,25 +65,6 @@ def _entries(ids: list[int], tensors: list[torch.Tensor], wanted: list[int | Non
     ]
 
 
-class _DeviceStep:
-    """The arrays of ``StepArrays`` on the device, then the sampling parameters of the rows that sample."""
-
-    def __init__(self, *tensors: torch.Tensor) -> None:
-        (
-            self.token_ids,
-            self.positions,
-            self.slots,
-            self.query_start,
-            self.seq_lens,
-            self.block_tables,
-            self.device_tokens,
-            self.device_rows,
-            self.sample_tokens,
-            self.sample_rows,
-        ) = tensors[:10]
-        self.sampling = SamplingRows(*tensors[10:])
-
-
 class ModelRunner:
     """Owns a rank's model, KV cache, rows and sampler."""
 
@@ -96,7 +78,7 @@ class ModelRunner:
         vocab_size: int,
         device: torch.device,
         parallel: Parallel,
-        graphs: DecodeGraphs | None = None,
+        graphs: StepGraphs | None = None,
         images: ImageStore | None = None,
     ) -> None:
         self.model = model
@@ -120,64 +102,74 @@ class ModelRunner:
             if self._images is not None:
                 self._images.start_row(init)
         arrays = self.table.arrays(plan.slices)
-        step = self._upload(arrays)
-        states = self._forward(self._batch(plan, arrays, step))
+        shape = self._shape_of(plan, arrays)
+        if shape is not None:
+            assert self._graphs is not None
+            arrays = self._graphs.pad(arrays, shape)
+        states = self._forward(plan, arrays, shape)
         if not self._parallel.is_last_stage:
             self._parallel.send_next(states)
             return LaunchedStep(plan.step_id, None, [], None, {}, None)
         prompt_logprobs = self._prompt_logprobs(plan.slices, arrays, states)
         if not len(arrays.sample_rows):
             return self._launched(plan, arrays, None, prompt_logprobs)
-        logits = self.model.logits(states[step.sample_tokens])
-        sampled = self.sampler.sample(
-            logits, arrays.sample_rows, step.sampling, arrays.output_index, plan.masks
+        return self._launched(plan, arrays, self._sample(plan, arrays, states), prompt_logprobs)
+
+    def _shape_of(self, plan: StepPlan, arrays: StepArrays) -> StepShape | None:
+        """The graph shape of the step; None where a step needs more than a graph holds."""
+        if self._graphs is None or (self._images is not None and self._images.touches(plan.slices)):
+            return None
+        inits = (self.table.inits[row] for row in arrays.rows[arrays.num_decodes :].tolist())
+        if any(init is not None and init.sampling.prompt_logprobs is not None for init in inits):
+            return None
+        return self._graphs.shape_of(arrays)
+
+    def _forward(self, plan: StepPlan, arrays: StepArrays, shape: StepShape | None) -> torch.Tensor:
+        if shape is not None and self._graphs is not None:
+            batch = self._graphs.load(arrays, shape)
+            self._fill_ids(batch.token_ids, arrays)
+            return self._graphs.replay(shape)
+        batch = self._batch(plan, arrays)
+        if self._parallel.is_first_stage:
+            return self.model.forward(batch, self.kv)
+        hidden = torch.empty(
+            (len(batch.token_ids), self.model.config.hidden_size), dtype=self.model.dtype, device=self.device
         )
-        self._last_ids[step.sample_rows] = sampled.ids.clamp(min=0)
-        return self._launched(plan, arrays, sampled, prompt_logprobs)
+        return self.model.forward(batch, self.kv, self._parallel.receive_previous(hidden))
 
-    def _forward(self, batch: Batch) -> torch.Tensor:
-        if not self._parallel.is_first_stage:
-            shape = (len(batch.token_ids), self.model.config.hidden_size)
-            hidden = torch.empty(shape, dtype=self.model.dtype, device=self.device)
-            return self.model.forward(batch, self.kv, self._parallel.receive_previous(hidden))
-        if self._graphs is not None and self._graphs.covers(batch):
-            return self._graphs.replay(batch)
-        return self.model.forward(batch, self.kv)
-
-    def _upload(self, arrays: StepArrays) -> _DeviceStep:
-        rows = arrays.sample_rows
-        return _DeviceStep(
-            *self._staging.upload(
-                [
-                    arrays.token_ids,
-                    arrays.positions,
-                    arrays.slots,
-                    arrays.query_start,
-                    arrays.seq_lens,
-                    arrays.block_tables,
-                    arrays.device_tokens,
-                    arrays.device_rows,
-                    arrays.sample_tokens,
-                    rows,
-                    *self.table.sampling_arrays(rows, arrays.output_index),
-                ]
-            )
+    def _batch(self, plan: StepPlan, arrays: StepArrays) -> Batch:
+        token_ids, positions, slots, query_start, seq_lens, tables = self._staging.upload(
+            arrays.model_inputs()
         )
-
-    def _batch(self, plan: StepPlan, arrays: StepArrays, step: _DeviceStep) -> Batch:
-        if len(arrays.device_rows):
-            step.token_ids[step.device_tokens] = self._last_ids[step.device_rows]
+        self._fill_ids(token_ids, arrays)
         attention = AttentionBatch(
-            query_start=step.query_start,
-            seq_lens=step.seq_lens,
-            block_tables=step.block_tables,
-            slots=step.slots,
+            query_start=query_start,
+            seq_lens=seq_lens,
+            block_tables=tables,
+            slots=slots,
             num_decodes=arrays.num_decodes,
             max_query_len=arrays.max_query_len,
             max_seq_len=arrays.max_seq_len,
         )
         images = self._images.batch(plan.slices, arrays) if self._images is not None else None
-        return Batch(step.token_ids, step.positions, attention, images)
+        return Batch(token_ids, positions, attention, images)
+
+    def _fill_ids(self, token_ids: torch.Tensor, arrays: StepArrays) -> None:
+        """Ids that only the device knows: what the last steps sampled."""
+        if len(arrays.device_rows):
+            tokens, rows = self._staging.upload([arrays.device_tokens, arrays.device_rows])
+            token_ids[tokens] = self._last_ids[rows]
+
+    def _sample(self, plan: StepPlan, arrays: StepArrays, states: torch.Tensor) -> Sampled:
+        """Ids of the sampling rows, also kept on the device for the next step."""
+        rows = arrays.sample_rows
+        tokens, row_ids, *params = self._staging.upload(
+            [arrays.sample_tokens, rows, *self.table.sampling_arrays(rows, arrays.output_index)]
+        )
+        logits = self.model.logits(states[tokens])
+        sampled = self.sampler.sample(logits, rows, SamplingRows(*params), arrays.output_index, plan.masks)
+        self._last_ids[row_ids] = sampled.ids.clamp(min=0)
+        return sampled
 
     def _prompt_logprobs(
         self, slices: list[SeqSlice], arrays: StepArrays, states: torch.Tensor

@@ -19,9 +19,11 @@ from outrider.kv_layout import KVLayout
 from outrider.models.config import ModelConfig
 from outrider.models.config_hf import check_quantization, load_model_config
 from outrider.models.decoder import Decoder
+from outrider.models.llama4 import Llama4
+from outrider.models.memory import check_fits
 from outrider.models.registry import load_model
 from outrider.parallel import Parallel
-from outrider.runner.graphs import DecodeGraphs
+from outrider.runner.graphs import StepGraphs
 from outrider.runner.images import ImageStore
 from outrider.runner.kv_cache import KVCache
 from outrider.runner.model_runner import ModelRunner
@@ -65,6 +67,15 @@ def load_rank(config: EngineConfig, parallel: Parallel, progress: Callable[[int,
         threads = len(os.sched_getaffinity(0)) // (parallel.tp_size * parallel.pp_size)
         torch.set_num_threads(max(1, threads))
         _keep_freed_memory()
+    check_fits(
+        model_config,
+        parallel,
+        dtype=resolved.dtype,
+        kv_dtype=resolved.kv_dtype,
+        # A default context length shrinks to what fits; one that was asked for must fit.
+        max_model_len=resolved.block_size if config.max_model_len is None else resolved.max_model_len,
+        usable_bytes=_usable_bytes(config, resolved),
+    )
     model = load_model(
         model_config,
         config.model,
@@ -90,6 +101,14 @@ def _keep_freed_memory() -> None:
             libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
 
 
+def _usable_bytes(config: EngineConfig, resolved: Resolved) -> int:
+    """What weights and KV cache may take of this rank's memory."""
+    if resolved.device.type == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = torch.cuda.get_device_properties(resolved.device).total_memory
+    return int(total * config.gpu_memory_utilization) - GRAPH_RESERVE_BYTES
+
+
 def _kv_budget(config: EngineConfig, model_config: ModelConfig, resolved: Resolved, model: Decoder) -> int:
     """Bytes for the KV cache of this rank."""
     if config.kv_cache_memory_bytes is not None:
@@ -97,8 +116,7 @@ def _kv_budget(config: EngineConfig, model_config: ModelConfig, resolved: Resolv
     if resolved.device.type == "cpu":
         return CPU_KV_BYTES
     peak = measure_activations(model, model_config, resolved)
-    total = torch.cuda.get_device_properties(resolved.device).total_memory
-    return int(total * config.gpu_memory_utilization) - peak - GRAPH_RESERVE_BYTES
+    return _usable_bytes(config, resolved) - peak
 
 
 def start_rank(rank: LoadedRank, layout: KVLayout, num_blocks: int, max_model_len: int) -> ModelRunner:
@@ -115,7 +133,7 @@ def start_rank(rank: LoadedRank, layout: KVLayout, num_blocks: int, max_model_le
     graphs = None
     one_rank = rank.parallel.tp_size * rank.parallel.pp_size == 1
     if resolved.device.type == "cuda" and not rank.config.enforce_eager and one_rank:
-        graphs = DecodeGraphs(
+        graphs = StepGraphs(
             model,
             kv,
             max_num_seqs=resolved.max_num_seqs,
@@ -136,10 +154,11 @@ def start_rank(rank: LoadedRank, layout: KVLayout, num_blocks: int, max_model_le
     # A CPU compiles nothing: a few tokens touch every path.
     warm_up(runner, resolved.max_num_batched_tokens if resolved.device.type == "cuda" else 8)
     if graphs is not None:
-        graphs.capture_start_sizes()
+        graphs.capture_start_shapes(resolved.prefill_share_tokens)
     return runner
 
 
 def _image_store(model: Decoder, device: torch.device) -> ImageStore | None:
-    encode = getattr(model, "encode_images", None)
-    return None if encode is None else ImageStore(encode, device)
+    if isinstance(model, Llama4) and model.vision is not None:
+        return ImageStore(model.encode_images, device)
+    return None

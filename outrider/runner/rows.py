@@ -39,6 +39,17 @@ class StepArrays:
     max_query_len: int
     max_seq_len: int
 
+    def model_inputs(self) -> list[np.ndarray]:
+        """What the model reads: ids, positions, slots, query starts, lengths, block tables."""
+        return [
+            self.token_ids,
+            self.positions,
+            self.slots,
+            self.query_start,
+            self.seq_lens,
+            self.block_tables,
+        ]
+
 
 class RowTable:
     """Block tables ``[G, R, B]`` and sampling parameters of ``num_rows`` rows."""

@@ -1,4 +1,4 @@
-"""Host arrays to the device in one copy a step. Called by ``model_runner``; knows nothing of their meaning.
+"""Host arrays to the device in one copy a step. Called by ``model_runner`` and ``graphs``; blind to their meaning.
 
 A copy from ordinary memory may wait for everything queued on the device before it; a copy from pinned memory
 does not. Arrays are therefore packed into a ring of pinned buffers, deep enough that a buffer's last copy is
@@ -30,23 +30,32 @@ class Staging:
         self._ring: list[_Pinned | None] = [None] * _DEPTH
         self._turn = 0
 
-    def upload(self, arrays: list[np.ndarray]) -> list[torch.Tensor]:
-        """Tensors of the same shapes and dtypes on the device, in the same order."""
+    def allocate(self, arrays: list[np.ndarray]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """A device buffer for arrays of these shapes, and the tensors in it (contents undefined)."""
+        offsets = _offsets(arrays)
+        buffer = torch.empty(offsets[-1], dtype=torch.uint8, device=self._device)
+        tensors = [
+            buffer[start : start + a.nbytes].view(_torch_dtype(a)).view(a.shape)
+            for a, start in zip(arrays, offsets, strict=False)
+        ]
+        return buffer, tensors
+
+    def upload(self, arrays: list[np.ndarray], buffer: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """The arrays on the device, in the same order; into ``buffer`` (of ``allocate``) if one is given."""
         arrays = [np.ascontiguousarray(a) for a in arrays]
         if self._device.type != "cuda":
             return [torch.from_numpy(a) for a in arrays]
-        offsets = np.cumsum([0, *(-(-a.nbytes // _ALIGN) * _ALIGN for a in arrays)]).tolist()
+        tensors: list[torch.Tensor] = []
+        if buffer is None:
+            buffer, tensors = self.allocate(arrays)
+        offsets = _offsets(arrays)
         pinned = self._next(offsets[-1])
         packed = pinned.host.numpy()
         for array, start in zip(arrays, offsets, strict=False):
             packed[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
-        target = torch.empty(offsets[-1], dtype=torch.uint8, device=self._device)
-        target.copy_(pinned.host[: offsets[-1]], non_blocking=True)
+        buffer.copy_(pinned.host[: offsets[-1]], non_blocking=True)
         pinned.copied.record()
-        return [
-            target[start : start + a.nbytes].view(_torch_dtype(a)).view(a.shape)
-            for a, start in zip(arrays, offsets, strict=False)
-        ]
+        return tensors
 
     def _next(self, num_bytes: int) -> _Pinned:
         self._turn = (self._turn + 1) % _DEPTH
@@ -56,6 +65,12 @@ class Staging:
         else:
             pinned.copied.synchronize()
         return pinned
+
+
+def _offsets(arrays: list[np.ndarray]) -> list[int]:
+    """Where each array starts in the packed buffer; the last entry is the buffer's size."""
+    sizes = [-(-a.nbytes // _ALIGN) * _ALIGN for a in arrays]
+    return [0, *np.cumsum(sizes).tolist()]
 
 
 def _torch_dtype(array: np.ndarray) -> torch.dtype:

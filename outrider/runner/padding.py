@@ -1,0 +1,115 @@
+"""Steps of many sizes poured into few shapes, so that a CUDA graph per shape serves them all.
+
+Called by ``model_runner`` and ``graphs``; numpy only. A padded step lays its rows out as
+
+    [ decodes | padding | prompt tokens | padding ]        tokens  [decodes + prefill_tokens]
+    [ decodes | padding | prefills      | padding ]        sequences [decodes + prefill_seqs]
+
+Padding rows have length 0 and slot 0 (the null block): they are computed and never read.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from outrider.runner.rows import StepArrays
+
+PREFILL_TOKENS = (64, 128, 256, 512, 1024, 1536, 2048)
+"""Prompt tokens of a shape; longer prefills are bound by the device anyway and run without a graph."""
+
+PREFILL_SEQS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """Rows of a padded step: one-token sequences, prompt tokens, and sequences that these belong to."""
+
+    decodes: int
+    prefill_tokens: int
+    prefill_seqs: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the hidden states."""
+        return self.decodes + self.prefill_tokens
+
+    @property
+    def num_seqs(self) -> int:
+        """Rows of the block tables."""
+        return self.decodes + self.prefill_seqs
+
+
+class ShapeTable:
+    """Which shapes exist for a server of ``max_num_seqs``."""
+
+    def __init__(self, max_num_seqs: int) -> None:
+        fine = [*range(1, 9), *range(12, 33, 4), *range(48, max_num_seqs + 1, 16)]
+        self.decodes = sorted({s for s in fine if s < max_num_seqs} | {max_num_seqs})
+        # Beside a prompt a few rows more cost little, and every shape is a graph.
+        mixed = [8, 16, *range(32, 129, 32), *range(192, max_num_seqs, 64)]
+        self._mixed = sorted({s for s in mixed if s < max_num_seqs} | {max_num_seqs})
+
+    def shape_of(self, arrays: StepArrays) -> StepShape | None:
+        """The smallest shape that holds the step, or None if none does."""
+        num_decodes = arrays.num_decodes
+        num_prefills = len(arrays.rows) - num_decodes
+        num_prompt_tokens = len(arrays.token_ids) - num_decodes
+        if not num_prefills:
+            return StepShape(_at_least(self.decodes, num_decodes), 0, 0)
+        if num_prefills > PREFILL_SEQS or num_prompt_tokens > PREFILL_TOKENS[-1]:
+            return None
+        decodes = _at_least(self._mixed, num_decodes) if num_decodes else 0
+        return StepShape(decodes, _at_least(PREFILL_TOKENS, num_prompt_tokens), PREFILL_SEQS)
+
+    def start_shapes(self, prefill_share: int) -> list[StepShape]:
+        """The shapes that a server meets at once: decode sizes by powers of two, one prompt, full mixed steps."""
+        decodes = [s for s in self.decodes if s & (s - 1) == 0 or s == self.decodes[-1]]
+        shapes = [StepShape(s, 0, 0) for s in decodes]
+        shapes += [StepShape(0, t, PREFILL_SEQS) for t in PREFILL_TOKENS]
+        share = _at_least(PREFILL_TOKENS, min(prefill_share, PREFILL_TOKENS[-1]))
+        shapes += [StepShape(s, share, PREFILL_SEQS) for s in self._mixed]
+        return shapes
+
+
+def _at_least(sizes: tuple[int, ...] | list[int], size: int) -> int:
+    return sizes[bisect.bisect_left(sizes, size)]
+
+
+def pad(arrays: StepArrays, shape: StepShape, num_blocks: int, max_seq_len: int) -> StepArrays:
+    """The step laid out as ``shape``, block tables ``num_blocks`` wide; index arrays point at the new places."""
+    num_decodes, num_tokens, num_seqs = arrays.num_decodes, len(arrays.token_ids), len(arrays.rows)
+    place = np.arange(num_tokens)
+    place[num_decodes:] += shape.decodes - num_decodes
+    seq_place = np.arange(num_seqs)
+    seq_place[num_decodes:] += shape.decodes - num_decodes
+
+    def tokens(values: np.ndarray) -> np.ndarray:
+        out = np.zeros((*values.shape[:-1], shape.num_tokens), dtype=values.dtype)
+        out[..., place] = values
+        return out
+
+    query_start = np.arange(shape.num_seqs + 1, dtype=np.int32)
+    query_start[shape.decodes :] = shape.decodes + num_tokens - num_decodes
+    query_start[seq_place[num_decodes:]] = arrays.query_start[num_decodes:-1] + (shape.decodes - num_decodes)
+    seq_lens = np.zeros(shape.num_seqs, dtype=np.int32)
+    seq_lens[seq_place] = arrays.seq_lens
+    tables = np.zeros((arrays.block_tables.shape[0], shape.num_seqs, num_blocks), dtype=np.int32)
+    tables[:, seq_place, : arrays.block_tables.shape[2]] = arrays.block_tables
+    return dataclasses.replace(
+        arrays,
+        token_ids=tokens(arrays.token_ids),
+        positions=tokens(arrays.positions),
+        slots=tokens(arrays.slots),
+        query_start=query_start,
+        seq_lens=seq_lens,
+        block_tables=tables,
+        device_tokens=place[arrays.device_tokens],
+        sample_tokens=place[arrays.sample_tokens],
+        num_decodes=shape.decodes,
+        max_query_len=max(1, shape.prefill_tokens),
+        max_seq_len=max_seq_len,
+    )

@@ -1,0 +1,115 @@
+"""Padded steps: what a CUDA graph computes for the real rows must be what the exact step computes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from outrider.kv_layout import plan_layout
+from outrider.models.config_hf import load_model_config
+from outrider.models.registry import load_model
+from outrider.parallel import Parallel
+from outrider.runner.batch import AttentionBatch, Batch
+from outrider.runner.kv_cache import KVCache
+from outrider.runner.padding import PREFILL_TOKENS, ShapeTable, StepShape, pad
+from outrider.runner.rows import RowTable, StepArrays
+from outrider.types import SeqSlice, StepPlan
+
+SHARED = Path(os.environ.get("OUTRIDER_SHARED", Path(__file__).parents[2].parent / "shared"))
+FIXTURE = SHARED / "fixtures/llama4-tiny-a/bf16"
+
+
+def batch_of(arrays: StepArrays) -> Batch:
+    ids, positions, slots, query_start, seq_lens, tables = (
+        torch.from_numpy(np.ascontiguousarray(a)) for a in arrays.model_inputs()
+    )
+    attention = AttentionBatch(
+        query_start,
+        seq_lens,
+        tables,
+        slots,
+        arrays.num_decodes,
+        arrays.max_query_len,
+        arrays.max_seq_len,
+    )
+    return Batch(ids, positions, attention)
+
+
+def random_plan(rng: np.random.Generator, table: RowTable, num_decodes: int, prompts: list[int]) -> StepPlan:
+    """Decodes in the middle of their contexts, prompts from their beginnings, every block distinct."""
+    slices, updates, next_block = [], [], 1
+    starts = [int(rng.integers(1, 90)) for _ in range(num_decodes)] + [0] * len(prompts)
+    for row, (start, count) in enumerate(zip(starts, [1] * num_decodes + prompts, strict=True)):
+        ids = rng.integers(0, 900, count).tolist()
+        slices.append(SeqSlice(row, start, count, ids, False, True, 0))
+        for group in range(len(table.layout.groups)):
+            for index in range(-(-(start + count) // table.layout.block_size)):
+                updates.append((group, row, index, next_block))
+                next_block += 1
+    return StepPlan(0, slices, [], updates)
+
+
+@pytest.mark.skipif(not FIXTURE.exists(), reason="needs the shared fixtures")
+@pytest.mark.parametrize(
+    ("num_decodes", "prompts", "shape"),
+    [
+        (3, [], StepShape(5, 0, 0)),
+        (0, [7, 33], StepShape(0, 64, 4)),
+        (2, [40, 1, 5], StepShape(8, 64, 16)),
+    ],
+)
+def test_padding_changes_no_real_row(num_decodes: int, prompts: list[int], shape: StepShape) -> None:
+    """A wrong query start, slot or table in the padded layout shows in the hidden states or the cache."""
+    rng = np.random.default_rng(num_decodes)
+    config = load_model_config(FIXTURE)
+    model = load_model(
+        config,
+        FIXTURE,
+        Parallel(),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        kv_cache_dtype=torch.float32,
+    )
+    layout = plan_layout(config.rope_layers, config.attention_chunk_size, 128, 16)
+    table = RowTable(layout, 8, 128)
+    plan = random_plan(rng, table, num_decodes, prompts)
+    table.apply(plan)
+    arrays = table.arrays(plan.slices)
+    padded = pad(arrays, shape, table.max_blocks, 128)
+    assert len(padded.token_ids) == shape.num_tokens and len(padded.seq_lens) == shape.num_seqs
+    kv = [
+        KVCache(layout, 200, config.num_kv_heads, config.head_dim, torch.float32, torch.device("cpu"))
+        for _ in range(2)
+    ]
+    noise = torch.randn(kv[0].data.shape)
+    for cache in kv:
+        cache.data.copy_(noise)
+    exact = model.forward(batch_of(arrays), kv[0])[arrays.sample_tokens]
+    poured = model.forward(batch_of(padded), kv[1])[padded.sample_tokens]
+    torch.testing.assert_close(poured, exact, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(kv[1].data[1:], kv[0].data[1:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 7, 64, 100, 512])
+def test_every_step_finds_a_shape_that_holds_it(max_num_seqs: int) -> None:
+    """A shape smaller than its step would cut sequences off."""
+    table = ShapeTable(max_num_seqs)
+    layout = plan_layout((False,), None, 4096, 16)
+    rows = RowTable(layout, max_num_seqs, 4096)
+    rng = np.random.default_rng(max_num_seqs)
+    for _ in range(40):
+        num_decodes = int(rng.integers(0, max_num_seqs + 1))
+        num_prefills = min(max_num_seqs - num_decodes, int(rng.integers(0, 4)))
+        prompts = rng.integers(2, 600, num_prefills).tolist()
+        if num_decodes + num_prefills == 0:
+            continue
+        arrays = rows.arrays(random_plan(rng, rows, num_decodes, prompts).slices)
+        shape = table.shape_of(arrays)
+        assert shape is not None
+        assert shape.decodes >= num_decodes and shape.prefill_tokens >= sum(prompts)
+        assert shape.prefill_seqs >= len(prompts)
+    assert all(s.prefill_tokens in (0, *PREFILL_TOKENS) for s in table.start_shapes(512))
