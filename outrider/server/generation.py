@@ -75,6 +75,7 @@ class Choice:
         self.num_cached_tokens = 0
         self._score_only = score_only
         self._include_stop = sampling.include_stop_str_in_output
+        self._end_token_ids = frozenset(sampling.eos_token_ids) | frozenset(sampling.stop_token_ids)
         self._detokenizer = Detokenizer(
             context.tokenizer,
             stop=sampling.stop,
@@ -101,7 +102,9 @@ class Choice:
         if event.num_cached_tokens:
             self.num_cached_tokens = event.num_cached_tokens
         before = detokenizer.num_tokens
-        ends_silently = finish == FINISH_STOP and not self._include_stop
+        # A constrained text may end with its last token, which is text, and not with an end token.
+        has_end_token = finish == FINISH_STOP and bool(ids) and ids[-1] in self._end_token_ids
+        ends_silently = has_end_token and not self._include_stop
         text = detokenizer.push(ids[:-1] if ends_silently else ids)
         delta = Delta(text, ids, event.logprobs, event.prompt_logprobs, finish, stop_reason)
         if detokenizer.stop_match is not None:
