@@ -18,7 +18,7 @@ import numpy as np
 
 from outrider.runner.rows import StepArrays
 
-PREFILL_TOKENS = (64, 128, 256, 512, 1024, 1536, 2048)
+PREFILL_TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 """Prompt tokens of a shape; longer prefills are bound by the device anyway and run without a graph."""
 
 PREFILL_SEQS = 16
@@ -50,7 +50,7 @@ class ShapeTable:
         fine = [*range(1, 9), *range(12, 33, 4), *range(48, max_num_seqs + 1, 16)]
         self.decodes = sorted({s for s in fine if s < max_num_seqs} | {max_num_seqs})
         # Beside a prompt a few rows more cost little, and every shape is a graph.
-        mixed = [8, 16, *range(32, 129, 32), *range(192, max_num_seqs, 64)]
+        mixed = [8, 16, *range(32, 257, 32), *range(320, max_num_seqs, 64)]
         self._mixed = sorted({s for s in mixed if s < max_num_seqs} | {max_num_seqs})
 
     def shape_of(self, arrays: StepArrays) -> StepShape | None:
@@ -66,12 +66,15 @@ class ShapeTable:
         return StepShape(decodes, _at_least(PREFILL_TOKENS, num_prompt_tokens), PREFILL_SEQS)
 
     def start_shapes(self, prefill_share: int) -> list[StepShape]:
-        """The shapes that a server meets at once: decode sizes by powers of two, one prompt, full mixed steps."""
+        """The shapes that a server meets at once: decode sizes by powers of two, short prompts, full mixed steps.
+
+        The others are captured when they are first met, which delays that one step by about a fifth of a second.
+        """
         decodes = [s for s in self.decodes if s & (s - 1) == 0 or s == self.decodes[-1]]
-        shapes = [StepShape(s, 0, 0) for s in decodes]
-        shapes += [StepShape(0, t, PREFILL_SEQS) for t in PREFILL_TOKENS]
         share = _at_least(PREFILL_TOKENS, min(prefill_share, PREFILL_TOKENS[-1]))
-        shapes += [StepShape(s, share, PREFILL_SEQS) for s in self._mixed]
+        shapes = [StepShape(s, 0, 0) for s in decodes]
+        shapes += [StepShape(0, tokens, PREFILL_SEQS) for tokens in (64, 256, 1024)]
+        shapes += [StepShape(s, share, PREFILL_SEQS) for s in self._mixed if s % 64 == 0]
         return shapes
 
 

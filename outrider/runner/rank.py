@@ -26,6 +26,7 @@ from outrider.parallel import Parallel
 from outrider.runner.graphs import StepGraphs
 from outrider.runner.images import ImageStore
 from outrider.runner.kv_cache import KVCache
+from outrider.runner.ledger import Ledger
 from outrider.runner.model_runner import ModelRunner
 from outrider.runner.resolve import Resolved, resolve
 from outrider.runner.warmup import measure_activations, warm_up
@@ -58,7 +59,9 @@ class LoadedRank:
         )
 
 
-def load_rank(config: EngineConfig, parallel: Parallel, progress: Callable[[int, int], None]) -> LoadedRank:
+def load_rank(
+    config: EngineConfig, parallel: Parallel, progress: Callable[[int, int], None], clock: Ledger
+) -> LoadedRank:
     """Build the model, load this rank's weights and measure what is left."""
     model_config = load_model_config(config.model)
     check_quantization(config.quantization, model_config)
@@ -76,6 +79,7 @@ def load_rank(config: EngineConfig, parallel: Parallel, progress: Callable[[int,
         max_model_len=resolved.block_size if config.max_model_len is None else resolved.max_model_len,
         usable_bytes=_usable_bytes(config, resolved),
     )
+    clock.mark("device")
     model = load_model(
         model_config,
         config.model,
@@ -87,9 +91,10 @@ def load_rank(config: EngineConfig, parallel: Parallel, progress: Callable[[int,
         language_model_only=config.language_model_only,
         progress=progress,
     )
-    return LoadedRank(
-        config, model_config, resolved, parallel, model, _kv_budget(config, model_config, resolved, model)
-    )
+    clock.mark("weights")
+    budget = _kv_budget(config, model_config, resolved, model)
+    clock.mark("memory probe")
+    return LoadedRank(config, model_config, resolved, parallel, model, budget)
 
 
 def _keep_freed_memory() -> None:
@@ -119,7 +124,9 @@ def _kv_budget(config: EngineConfig, model_config: ModelConfig, resolved: Resolv
     return _usable_bytes(config, resolved) - peak
 
 
-def start_rank(rank: LoadedRank, layout: KVLayout, num_blocks: int, max_model_len: int) -> ModelRunner:
+def start_rank(
+    rank: LoadedRank, layout: KVLayout, num_blocks: int, max_model_len: int, clock: Ledger
+) -> ModelRunner:
     """Allocate the KV cache, make the runner, compile every kernel and capture the usual graphs."""
     resolved, model = rank.resolved, rank.model
     kv = KVCache(
@@ -153,8 +160,10 @@ def start_rank(rank: LoadedRank, layout: KVLayout, num_blocks: int, max_model_le
     )
     # A CPU compiles nothing: a few tokens touch every path.
     warm_up(runner, resolved.max_num_batched_tokens if resolved.device.type == "cuda" else 8)
+    clock.mark("warm-up")
     if graphs is not None:
         graphs.capture_start_shapes(resolved.prefill_share_tokens)
+        clock.mark("graphs")
     return runner
 
 

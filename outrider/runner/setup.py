@@ -7,7 +7,6 @@ nothing falls back in silence.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,6 +25,7 @@ from outrider.models.config import ModelConfig
 from outrider.models.config_hf import load_model_config
 from outrider.parallel import Parallel
 from outrider.runner.executor import InlineExecutor
+from outrider.runner.ledger import Ledger
 from outrider.runner.rank import GIB, load_rank, start_rank
 from outrider.runner.resolve import Resolved, resolve
 from outrider.runner.workers import Workers
@@ -58,15 +58,14 @@ class KVPlan:
 
 def build_engine(config: EngineConfig, on_progress: ProgressCallback) -> tuple[Engine, EngineInfo]:
     """Load the model and put an engine around it; ``ConfigError`` if it cannot run here."""
-    clock = _Ledger()
+    clock = Ledger()
 
     def weights(done: int, total: int) -> None:
         on_progress("weights", done, total)
 
     if config.tensor_parallel_size * config.pipeline_parallel_size > 1:
         return _build_parallel(config, weights, clock)
-    rank = load_rank(config, Parallel(), weights)
-    clock.mark("weights")
+    rank = load_rank(config, Parallel(), weights, clock)
     model = Facts(
         config,
         rank.model_config,
@@ -75,20 +74,19 @@ def build_engine(config: EngineConfig, on_progress: ProgressCallback) -> tuple[E
         rank.model.weight_bytes(),
     )
     plan = plan_kv(model, rank.kv_budget)
-    runner = start_rank(rank, plan.layout, plan.num_blocks, plan.max_model_len)
-    clock.mark("kv cache and warm-up")
+    runner = start_rank(rank, plan.layout, plan.num_blocks, plan.max_model_len, clock)
     engine = _make_engine(model, plan, InlineExecutor(runner))
     return engine, _info(model, plan, engine, clock.stages)
 
 
 def _build_parallel(
-    config: EngineConfig, on_progress: Callable[[int, int], None], clock: _Ledger
+    config: EngineConfig, on_progress: Callable[[int, int], None], clock: Ledger
 ) -> tuple[Engine, EngineInfo]:
     """The same with a process per rank; the smallest rank's memory decides."""
     model_config = load_model_config(config.model)
     resolved = resolve(config, model_config)
     workers = Workers(config, on_progress)
-    clock.mark("weights")
+    clock.mark("load")
     loaded = workers.loaded
     # The rank with the most bytes per block in proportion to its budget is the tightest.
     tightest = min(loaded, key=lambda rank: rank.kv_budget / rank.block_bytes_per_layer)
@@ -96,7 +94,7 @@ def _build_parallel(
     model = Facts(config, model_config, resolved, tightest.block_bytes_per_layer, total_bytes)
     plan = plan_kv(model, tightest.kv_budget)
     workers.start(plan.layout, plan.num_blocks, plan.max_model_len)
-    clock.mark("kv cache and warm-up")
+    clock.mark("warm-up")
     engine = _make_engine(model, plan, workers)
     return engine, _info(model, plan, engine, clock.stages)
 
@@ -147,20 +145,6 @@ def plan_kv(model: Facts, budget: int) -> KVPlan:
             )
         logger.info("The KV cache does not hold %d tokens; --max-model-len is %d.", max_model_len, fitting)
         max_model_len = fitting
-
-
-class _Ledger:
-    """Start-up times by stage, in seconds."""
-
-    def __init__(self) -> None:
-        self.stages: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def mark(self, stage: str) -> None:
-        """The stage ends here."""
-        now = time.perf_counter()
-        self.stages[stage] = round(now - self._last, 3)
-        self._last = now
 
 
 def _info(model: Facts, plan: KVPlan, engine: Engine, stages: dict[str, float]) -> EngineInfo:

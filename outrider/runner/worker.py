@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+from dataclasses import replace
 from datetime import timedelta
 
 import msgspec
@@ -25,17 +26,24 @@ from outrider.errors import ConfigError
 from outrider.kv_layout import KVLayout
 from outrider.logs import setup_logging
 from outrider.parallel import Parallel
+from outrider.runner.ledger import Ledger
+from outrider.runner.mesh import SocketMesh
 from outrider.runner.rank import load_rank, start_rank
 from outrider.types import StepPlan, StepResult
 
 
 class Join(msgspec.Struct, tag="join"):
-    """Engine: who you are. ``store`` is a file for the rendezvous, so that no port is opened for it."""
+    """Engine: who you are.
+
+    ``store`` is a file for the rendezvous, so that no port is opened for it; ``peers`` are the inherited sockets to
+    the other ranks, by rank.
+    """
 
     config: EngineConfig
     rank: int
     world_size: int
     store: str
+    peers: dict[int, int]
 
 
 class Loading(msgspec.Struct, tag="loading"):
@@ -116,30 +124,38 @@ class Channel:
 def join_group(join: Join) -> Parallel:
     """Meet the other ranks and make this one's place among them."""
     config, tp = join.config, join.config.tensor_parallel_size
-    on_gpu = torch.cuda.is_available() and config.device != "cpu"
-    if on_gpu:
-        torch.cuda.set_device(join.rank % torch.cuda.device_count())
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one host never listen on the network
+    pp_rank, tp_rank = divmod(join.rank, tp)
+    alone = Parallel(
+        tp_rank=tp_rank,
+        tp_size=tp,
+        pp_rank=pp_rank,
+        pp_size=config.pipeline_parallel_size,
+        expert_parallel=config.enable_expert_parallel,
+    )
+    if torch.cuda.is_available() and config.device != "cpu":
+        return replace(alone, tp_group=_join_nccl(join, pp_rank))
+    group = list(range(pp_rank * tp, (pp_rank + 1) * tp))
+    sockets = {rank: socket.socket(fileno=fd) for rank, fd in join.peers.items()}
+    return replace(alone, mesh=SocketMesh(join.rank, sockets, group))
+
+
+def _join_nccl(join: Join, pp_rank: int) -> dist.ProcessGroup | None:
+    """The tensor group of this stage over NCCL, whose own sockets stay on the loopback interface."""
+    tp = join.config.tensor_parallel_size
+    torch.cuda.set_device(join.rank % torch.cuda.device_count())
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        init_method=f"file://{join.store}",
+        "nccl",
+        store=dist.FileStore(join.store, join.world_size),
         rank=join.rank,
         world_size=join.world_size,
         timeout=timedelta(minutes=5),
     )
     stages = [
         dist.new_group(list(range(stage * tp, (stage + 1) * tp)))
-        for stage in range(config.pipeline_parallel_size)
+        for stage in range(join.config.pipeline_parallel_size)
     ]
-    pp_rank, tp_rank = divmod(join.rank, tp)
-    return Parallel(
-        tp_rank=tp_rank,
-        tp_size=tp,
-        pp_rank=pp_rank,
-        pp_size=config.pipeline_parallel_size,
-        expert_parallel=config.enable_expert_parallel,
-        tp_group=stages[pp_rank],
-    )
+    return stages[pp_rank]
 
 
 def serve(channel: Channel) -> None:
@@ -147,13 +163,14 @@ def serve(channel: Channel) -> None:
     join = channel.receive()
     assert isinstance(join, Join)
     setup_logging(f"Rank{join.rank}")
-    rank = load_rank(join.config, join_group(join), lambda d, t: channel.send(Loading(d, t)))
+    clock = Ledger()
+    rank = load_rank(join.config, join_group(join), lambda d, t: channel.send(Loading(d, t)), clock)
     one_layer = KVLayout(((0,),), (False,), None, rank.resolved.block_size)
     channel.send(Loaded(rank.kv_budget, rank.block_bytes(one_layer), rank.model.weight_bytes()))
     start = channel.receive()
     assert isinstance(start, Start)
     layout = KVLayout(start.groups, start.local, start.chunk_size, start.block_size)
-    runner = start_rank(rank, layout, start.num_blocks, start.max_model_len)
+    runner = start_rank(rank, layout, start.num_blocks, start.max_model_len, clock)
     channel.send(Started())
     reports = rank.parallel.is_last_stage and rank.parallel.tp_rank == 0
     while (message := channel.receive()) is not None:

@@ -5,6 +5,7 @@ Called by ``setup`` when tensor or pipeline parallelism is on. The engine proces
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import subprocess
@@ -35,14 +36,18 @@ from outrider.types import StepPlan, StepResult
 class _RankProcess:
     """A worker process and the channel to it."""
 
-    def __init__(self, config: EngineConfig, rank: int, world_size: int, store: str) -> None:
+    def __init__(
+        self, config: EngineConfig, rank: int, world_size: int, store: str, peers: dict[int, int]
+    ) -> None:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "outrider.runner.worker", str(theirs.fileno()), str(os.getpid())]
-        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno(), *peers.values()], stdin=subprocess.DEVNULL
+        )
         theirs.close()
         self.sock = ours
         self._channel = Channel(ours, FromRank)
-        self._channel.send(Join(config, rank, world_size, store))
+        self._channel.send(Join(config, rank, world_size, store, peers))
 
     def receive(self) -> object:
         """The next message; a failure of the rank is raised here."""
@@ -56,6 +61,12 @@ class _RankProcess:
     def send(self, message: object) -> None:
         """Write one message to the rank."""
         self._channel.send(message)
+
+
+def _peers(pairs: dict[tuple[int, int], tuple[socket.socket, socket.socket]], rank: int) -> dict[int, int]:
+    """Descriptors of ``rank``'s end of its sockets, by the rank at the other end."""
+    lower = {b: ends[0].fileno() for (a, b), ends in pairs.items() if a == rank}
+    return lower | {a: ends[1].fileno() for (a, b), ends in pairs.items() if b == rank}
 
 
 class WorkersHandle:
@@ -76,7 +87,13 @@ class Workers:
         world_size = config.tensor_parallel_size * config.pipeline_parallel_size
         self._folder = tempfile.TemporaryDirectory(prefix="outrider-")
         store = str(Path(self._folder.name) / "store")
-        self._ranks = [_RankProcess(config, rank, world_size, store) for rank in range(world_size)]
+        pairs = {pair: socket.socketpair() for pair in itertools.combinations(range(world_size), 2)}
+        self._ranks = [
+            _RankProcess(config, rank, world_size, store, _peers(pairs, rank)) for rank in range(world_size)
+        ]
+        for one, other in pairs.values():
+            one.close()
+            other.close()
         self._reporter = self._ranks[-config.tensor_parallel_size]
         self.loaded = [self._await_loaded(rank, on_progress) for rank in self._ranks]
 
