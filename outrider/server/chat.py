@@ -184,6 +184,8 @@ def _members(call: Call, body: ChatBody, parser: OutputParser, delta: Delta) -> 
         deltas += parser.finish()
         finish_reason = parser.message(ChatMessage(), finish_reason)
         deltas = deltas or [{}]
+    elif not deltas and (body.logprobs or body.return_token_ids):
+        deltas = [{}]  # the text is held back, but its tokens are told now
     members = [b'"delta":%b,"logprobs":null,"finish_reason":null' % _encode(item) for item in deltas[:-1]]
     if deltas:
         logprobs = _encode(_logprobs(call, body, delta.logprobs))

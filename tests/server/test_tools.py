@@ -190,3 +190,37 @@ def test_langchain_tool_loop(make_server: Callable[..., Server], tokenizer: Toke
     for call in answer.tool_calls:
         messages.append(ToolMessage(get_weather.invoke(call["args"]), tool_call_id=call["id"]))
     assert model.invoke(messages).content == "It is sunny."
+
+
+def test_langchain_streams_calls(make_server: Callable[..., Server]) -> None:
+    """ChatOpenAI merges the chunks of two parallel calls by index."""
+    from langchain_openai import ChatOpenAI
+    from pydantic import SecretStr
+
+    server = make_server('Looking. [get_weather(city="Rome", days=1), now()]')
+    model = ChatOpenAI(  # type: ignore[call-arg]
+        model="tiny", base_url=f"{server.url}/v1", api_key=SecretStr("none"), max_retries=0, max_tokens=300
+    ).bind_tools([WEATHER, TIME])
+    whole: Any = None
+    for chunk in model.stream("Weather?"):
+        whole = chunk if whole is None else whole + chunk
+    assert whole.content == "Looking."
+    assert [(c["name"], c["args"]) for c in whole.tool_calls] == [
+        ("get_weather", {"city": "Rome", "days": 1}),
+        ("now", {}),
+    ]
+
+
+def test_held_back_tokens_keep_their_logprobs(
+    make_server: Callable[..., Server], tokenizer: Tokenizer
+) -> None:
+    """A call is held back as text, but every token's log probability is streamed once."""
+    text = 'Ok [get_weather(city="Rome")]'
+    server = make_server(text)
+    tokens = [
+        entry.token
+        for chunk in ask(server, stream=True, logprobs=True, max_tokens=300)
+        if chunk.choices[0].logprobs
+        for entry in chunk.choices[0].logprobs.content or []
+    ]
+    assert "".join(tokens) == text
