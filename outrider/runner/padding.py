@@ -18,7 +18,7 @@ import numpy as np
 
 from outrider.runner.rows import StepArrays
 
-PREFILL_TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
+PREFILL_TOKENS = (64, 128, 256, 384, 512, 768, 1024)
 """Prompt tokens of a shape; longer prefills are bound by the device anyway and run without a graph."""
 
 PREFILL_SEQS = 16

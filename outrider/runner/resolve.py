@@ -31,6 +31,7 @@ class Resolved:
     max_num_batched_tokens: int
     max_model_len: int
     prefill_share_tokens: int
+    prefill_burst_tokens: int
 
 
 def resolve(config: EngineConfig, model: ModelConfig) -> Resolved:
@@ -53,6 +54,7 @@ def resolve(config: EngineConfig, model: ModelConfig) -> Resolved:
             f"--max-num-batched-tokens {budget} must be at least --max-num-seqs {max_num_seqs}, "
             "so that every running sequence can advance in a step."
         )
+    share = min(budget, config.prefill_share_tokens or (512 if on_gpu else 128))
     return Resolved(
         device=device,
         dtype=dtype,
@@ -61,7 +63,8 @@ def resolve(config: EngineConfig, model: ModelConfig) -> Resolved:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         max_model_len=max_model_len,
-        prefill_share_tokens=min(budget, config.prefill_share_tokens or (512 if on_gpu else 128)),
+        prefill_share_tokens=share,
+        prefill_burst_tokens=min(budget, 4 * share),
     )
 
 
