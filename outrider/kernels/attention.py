@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from outrider.kernels._dispatch import on_gpu
 from outrider.kernels.attention_decode import decode_attention
 from outrider.kernels.attention_prefill import prefill_attention
+from outrider.kernels.quantize import quantize_fp8_reference
 
 
 def paged_attention(
@@ -29,6 +30,7 @@ def paged_attention(
     chunk_size: int | None,
     k_scale: float,
     v_scale: float,
+    out_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend ``q [T, H, D]`` to each sequence's cached tokens; return ``[T, H * D]`` in the dtype of ``q``.
 
@@ -36,12 +38,13 @@ def paged_attention(
     ``block_tables`` int32 ``[S, B]``; ``query_start`` int32 ``[S + 1]``; ``seq_lens`` int32 ``[S]`` counts the step's
     own tokens too, so the last query of a sequence has position ``seq_len - 1``. Key j is visible to query i iff
     ``j <= i`` and, with ``chunk_size``, ``j // chunk_size == i // chunk_size``. A decode of length 0 (graph padding)
-    gives zeros. ``max_query_len`` and ``max_seq_len`` are upper bounds. Softmax in float32.
+    gives zeros. ``max_query_len`` and ``max_seq_len`` are upper bounds. Softmax in float32. With ``out_scale``
+    (float32, one element) the result, rounded to the dtype of ``q``, comes back as ``e4m3(clamp(x / out_scale))``.
     """
     op = paged_attention_triton if on_gpu(q) else paged_attention_reference
     return op(
         q, k_cache, v_cache, block_tables, query_start, seq_lens, num_decodes,
-        max_query_len, max_seq_len, sm_scale, chunk_size, k_scale, v_scale,
+        max_query_len, max_seq_len, sm_scale, chunk_size, k_scale, v_scale, out_scale,
     )  # fmt: skip
 
 
@@ -59,6 +62,7 @@ def paged_attention_reference(
     chunk_size: int | None,
     k_scale: float,
     v_scale: float,
+    out_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The contract of ``paged_attention`` in plain torch: the CPU path and the test oracle.
 
@@ -80,7 +84,8 @@ def paged_attention_reference(
     if covered < num_tokens:  # padding behind the last sequence
         parts.append(q.new_zeros((num_tokens - covered, num_heads, head_dim)))
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return out.reshape(num_tokens, num_heads * head_dim)
+    out = out.reshape(num_tokens, num_heads * head_dim)
+    return out if out_scale is None else quantize_fp8_reference(out, out_scale)
 
 
 _Cache = tuple[torch.Tensor, torch.Tensor, float, float]
@@ -179,20 +184,20 @@ def paged_attention_triton(
     chunk_size: int | None,
     k_scale: float,
     v_scale: float,
+    out_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launch the decode kernels on the first ``num_decodes`` rows and the prefill kernel on the others."""
     num_tokens, num_heads, head_dim = q.shape
-    # Graph padding behind the prefills belongs to no sequence; its rows must be finite all the same.
-    allocate = torch.zeros if num_tokens > num_decodes else torch.empty
-    out = allocate((num_tokens, num_heads * head_dim), dtype=q.dtype, device=q.device)
+    dtype = q.dtype if out_scale is None else torch.float8_e4m3fn
+    out = torch.empty((num_tokens, num_heads * head_dim), dtype=dtype, device=q.device)
     if num_decodes:
         decode_attention(
             q[:num_decodes], k_cache, v_cache, block_tables, seq_lens, max_seq_len,
-            sm_scale, chunk_size, k_scale, v_scale, out,
+            sm_scale, chunk_size, k_scale, v_scale, out, out_scale=out_scale,
         )  # fmt: skip
     if num_tokens > num_decodes:
         prefill_attention(
             q, k_cache, v_cache, block_tables, query_start, seq_lens, num_decodes,
-            sm_scale, chunk_size, k_scale, v_scale, out,
+            sm_scale, chunk_size, k_scale, v_scale, out, out_scale=out_scale,
         )  # fmt: skip
     return out

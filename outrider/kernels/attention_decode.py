@@ -15,9 +15,11 @@ import triton
 import triton.language as tl
 
 from outrider.kernels._dispatch import ceil_div, interpreted, num_sms, power_of_two_at_least
+from outrider.kernels.quantize import to_fp8
 
 LOG2_E = 1.4426950408889634
 FP8 = torch.float8_e4m3fn
+TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 class DecodeTile(NamedTuple):
@@ -56,6 +58,15 @@ def load_kv(
 
 
 @triton.jit
+def store_rows(ptrs, x, mask, scale_ptr, MODEL_DTYPE: tl.constexpr, QUANTIZE: tl.constexpr):
+    """Store float32 ``x`` in the model dtype, or that rounded value as e4m3 for the product that reads it."""
+    if QUANTIZE:
+        tl.store(ptrs, to_fp8(x.to(MODEL_DTYPE).to(tl.float32), tl.load(scale_ptr)), mask=mask)
+    else:
+        tl.store(ptrs, x.to(MODEL_DTYPE), mask=mask)
+
+
+@triton.jit
 def split_bounds(length, num_splits, CHUNK: tl.constexpr, TILE: tl.constexpr):
     """First visible token, first tile, end tile, tiles a split: the same for the kernel and its merge."""
     begin = 0
@@ -83,6 +94,7 @@ def _decode_kernel(
     num_splits,
     score_scale,
     v_scale,
+    out_scale_ptr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -90,6 +102,7 @@ def _decode_kernel(
     CHUNK: tl.constexpr,
     COMPUTE: tl.constexpr,
     SPLIT: tl.constexpr,
+    QUANTIZE: tl.constexpr,
 ):
     kv_head, seq, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(seq_lens_ptr + seq)
@@ -152,9 +165,8 @@ def _decode_kernel(
     else:
         acc = acc * tl.where(total > 0, v_scale / total, 0.0)[:, None]
         place = seq.to(tl.int64) * tl.num_programs(0) * GROUP + head
-        tl.store(
-            out_ptr + place[:, None] * D + dims[None, :], acc.to(out_ptr.dtype.element_ty), mask=in_group
-        )
+        out_ptrs = out_ptr + place[:, None] * D + dims[None, :]
+        store_rows(out_ptrs, acc, in_group, out_scale_ptr, q_ptr.dtype.element_ty, QUANTIZE)
 
 
 @triton.jit
@@ -165,10 +177,13 @@ def _merge_kernel(
     out_ptr,
     num_splits,
     v_scale,
+    out_scale_ptr,
     D: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
+    MODEL_DTYPE: tl.constexpr,
+    QUANTIZE: tl.constexpr,
 ):
     """One program merges the splits of one head of one sequence; the weights are their softmax masses."""
     head, seq = tl.program_id(0), tl.program_id(1)
@@ -185,7 +200,7 @@ def _merge_kernel(
     partial = tl.load(partial_ptr + place, mask=used[:, None], other=0.0)
     total = tl.sum(weight, 0)
     merged = tl.sum(partial * weight[:, None], 0) * tl.where(total > 0, v_scale / total, 0.0)
-    tl.store(out_ptr + row * D + dims, merged.to(out_ptr.dtype.element_ty))
+    store_rows(out_ptr + row * D + dims, merged, dims < D, out_scale_ptr, MODEL_DTYPE, QUANTIZE)
 
 
 def compute_dtype(q: torch.Tensor, cache: torch.Tensor) -> tl.dtype:
@@ -218,6 +233,7 @@ def decode_attention(
     out: torch.Tensor,
     tile: DecodeTile | None = None,
     num_splits: int | None = None,
+    out_scale: torch.Tensor | None = None,
 ) -> None:
     """Fill ``out [S, H * D]`` for ``q [S, H, D]``, one row a sequence; arguments as in ``paged_attention``."""
     tile = tile or DecodeTile()
@@ -250,6 +266,7 @@ def decode_attention(
         num_splits,
         sm_scale * scales[0] * LOG2_E,
         scales[1],
+        out_scale,
         GROUP=num_heads // kv_heads,
         D=head_dim,
         BLOCK_SIZE=block_size,
@@ -257,13 +274,15 @@ def decode_attention(
         CHUNK=chunk,
         COMPUTE=compute_dtype(q, k_cache),
         SPLIT=num_splits > 1,
+        QUANTIZE=out_scale is not None,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
     if num_splits > 1:
         _merge_kernel[(num_heads, num_seqs)](
-            partial, lse, seq_lens, out, num_splits, scales[1],
-            D=head_dim, TILE=tile.tokens, CHUNK=chunk, SPLITS=power_of_two_at_least(num_splits, 2), num_warps=2,
+            partial, lse, seq_lens, out, num_splits, scales[1], out_scale,
+            D=head_dim, TILE=tile.tokens, CHUNK=chunk, SPLITS=power_of_two_at_least(num_splits, 2),
+            MODEL_DTYPE=TRITON_DTYPES[q.dtype], QUANTIZE=out_scale is not None, num_warps=2,
         )  # fmt: skip
 
 
@@ -285,16 +304,28 @@ _NUMBERS = {
     "num_splits": "i32",
     "score_scale": "fp32",
     "v_scale": "fp32",
+    "out_scale_ptr": "*fp32",
 }
+_QUANTIZED = {**_POINTERS, **_NUMBERS, "out_ptr": "*fp8e4nv"}
 _SHAPE = {"GROUP": 5, "D": 128, "BLOCK_SIZE": 64, "TILE": 64, "COMPUTE": tl.float16}
-_MERGE = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "seq_lens_ptr": "*i32", "out_ptr": "*bf16"}
+_MERGE = {
+    "partial_ptr": "*fp32",
+    "lse_ptr": "*fp32",
+    "seq_lens_ptr": "*i32",
+    "out_ptr": "*fp8e4nv",
+    "num_splits": "i32",
+    "v_scale": "fp32",
+    "out_scale_ptr": "*fp32",
+}
+_MERGE_CONSTANTS = {"D": 128, "TILE": 64, "CHUNK": 0, "SPLITS": 64, "MODEL_DTYPE": tl.bfloat16}
 _OPTIONS = {"num_warps": DecodeTile().num_warps, "num_stages": DecodeTile().num_stages}
 AOT_SPECS = [
-    (_decode_kernel, {**_POINTERS, **_NUMBERS}, {**_SHAPE, "CHUNK": 8192, "SPLIT": True}, _OPTIONS),
-    (_decode_kernel, {**_POINTERS, **_NUMBERS}, {**_SHAPE, "CHUNK": 0, "SPLIT": False}, _OPTIONS),
     (
-        _merge_kernel,
-        {**_MERGE, "num_splits": "i32", "v_scale": "fp32"},
-        {"D": 128, "TILE": 64, "CHUNK": 0, "SPLITS": 64},
+        _decode_kernel,
+        {**_POINTERS, **_NUMBERS},
+        {**_SHAPE, "CHUNK": 8192, "SPLIT": True, "QUANTIZE": False},
+        _OPTIONS,
     ),
+    (_decode_kernel, _QUANTIZED, {**_SHAPE, "CHUNK": 0, "SPLIT": False, "QUANTIZE": True}, _OPTIONS),
+    (_merge_kernel, _MERGE, {**_MERGE_CONSTANTS, "QUANTIZE": True}),
 ]

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from outrider.kernels.attention_decode import FP8, LOG2_E, compute_dtype, load_kv
+from outrider.kernels.attention_decode import FP8, LOG2_E, compute_dtype, load_kv, store_rows
 
 
 class PrefillTile(NamedTuple):
@@ -88,8 +88,10 @@ def _prefill_kernel(
     table_stride,
     num_decodes,
     num_prefills,
+    num_tokens,
     score_scale,
     v_scale,
+    out_scale_ptr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -97,6 +99,7 @@ def _prefill_kernel(
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
     COMPUTE: tl.constexpr,
+    QUANTIZE: tl.constexpr,
 ):
     QUERIES: tl.constexpr = ROWS // GROUP
     kv_head = tl.program_id(0)
@@ -105,7 +108,9 @@ def _prefill_kernel(
     query_first = tl.load(query_start_ptr + seq)
     num_queries = tl.load(query_start_ptr + seq + 1) - query_first
     first = (tile - first_tile) * QUERIES
-    if first >= num_queries:
+    # Rows behind the last sequence are graph padding: they belong to its tiles and become zeros.
+    num_owned = tl.where(seq == num_decodes + num_prefills - 1, num_tokens - query_first, num_queries)
+    if first >= num_owned:
         return
     length = tl.load(seq_lens_ptr + seq)
     context = length - num_queries
@@ -114,7 +119,13 @@ def _prefill_kernel(
     query = first + rows // GROUP
     head = kv_head * GROUP + rows % GROUP
     in_tile = ((rows < QUERIES * GROUP) & (query < num_queries))[:, None]
+    owned = ((rows < QUERIES * GROUP) & (query < num_owned))[:, None]
     place = (query_first + query).to(tl.int64)
+    out_offsets = (place * (tl.num_programs(0) * GROUP) + head)[:, None] * D + dims[None, :]
+    if first >= num_queries:
+        zeros = tl.zeros([ROWS, D], tl.float32)
+        tl.store(out_ptr + out_offsets, zeros.to(out_ptr.dtype.element_ty), mask=owned)
+        return
     q_offsets = (place * q_stride + head * D)[:, None] + dims[None, :]
     q = tl.load(q_ptr + q_offsets, mask=in_tile, other=0.0)
     if tl.float16 == COMPUTE:
@@ -153,9 +164,8 @@ def _prefill_kernel(
         acc, best, total, q, positions, k_ptr, v_ptr, table_ptr, diagonal, end, length, block_stride,
         score_scale, BLOCK_SIZE, TILE, D, CHUNK, True,
     )  # fmt: skip
-    acc = acc * (v_scale / total)[:, None]
-    out_offsets = (place * (tl.num_programs(0) * GROUP) + head)[:, None] * D + dims[None, :]
-    tl.store(out_ptr + out_offsets, acc.to(out_ptr.dtype.element_ty), mask=in_tile)
+    acc = tl.where(in_tile, acc * (v_scale / total)[:, None], 0.0)
+    store_rows(out_ptr + out_offsets, acc, owned, out_scale_ptr, q_ptr.dtype.element_ty, QUANTIZE)
 
 
 def prefill_attention(
@@ -172,8 +182,12 @@ def prefill_attention(
     v_scale: float,
     out: torch.Tensor,
     tile: PrefillTile | None = None,
+    out_scale: torch.Tensor | None = None,
 ) -> None:
-    """Fill ``out[num_decodes:]`` for ``q [T, H, D]``; arguments as in ``paged_attention``."""
+    """Fill ``out[num_decodes:]`` for ``q [T, H, D]``; arguments as in ``paged_attention``.
+
+    Rows behind the last sequence (graph padding) become zeros.
+    """
     tile = tile or PrefillTile()
     num_tokens, num_heads, head_dim = q.shape
     _, kv_heads, block_size, _ = k_cache.shape
@@ -196,8 +210,10 @@ def prefill_attention(
         block_tables.stride(0),
         num_decodes,
         num_prefills,
+        num_tokens,
         sm_scale * scales[0] * LOG2_E,
         scales[1],
+        out_scale,
         GROUP=group,
         D=head_dim,
         BLOCK_SIZE=block_size,
@@ -205,6 +221,7 @@ def prefill_attention(
         TILE=tile.tokens,
         CHUNK=chunk_size or 0,
         COMPUTE=compute_dtype(q, k_cache),
+        QUANTIZE=out_scale is not None,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -224,12 +241,15 @@ _SIGNATURE = {
     "table_stride": "i32",
     "num_decodes": "i32",
     "num_prefills": "i32",
+    "num_tokens": "i32",
     "score_scale": "fp32",
     "v_scale": "fp32",
+    "out_scale_ptr": "*fp32",
 }
+_QUANTIZED = {**_SIGNATURE, "out_ptr": "*fp8e4nv"}
 _SHAPE = {"GROUP": 5, "D": 128, "BLOCK_SIZE": 64, "ROWS": 128, "TILE": 64, "COMPUTE": tl.float16}
 _OPTIONS = {"num_warps": PrefillTile().num_warps, "num_stages": PrefillTile().num_stages}
 AOT_SPECS = [
-    (_prefill_kernel, _SIGNATURE, {**_SHAPE, "CHUNK": 0}, _OPTIONS),
-    (_prefill_kernel, _SIGNATURE, {**_SHAPE, "CHUNK": 8192}, _OPTIONS),
+    (_prefill_kernel, _SIGNATURE, {**_SHAPE, "CHUNK": 0, "QUANTIZE": False}, _OPTIONS),
+    (_prefill_kernel, _QUANTIZED, {**_SHAPE, "CHUNK": 8192, "QUANTIZE": True}, _OPTIONS),
 ]

@@ -159,6 +159,7 @@ class Attention:
             self.chunk_size,
             self.k_scale,
             self.v_scale,
+            out_scale=self.o.input_scale,
         )
         return self.parallel.all_reduce(self.o(out))
 

@@ -138,6 +138,55 @@ def test_lone_sequences(op, query_lens, seq_lens, num_decodes):
     assert error(op(*case), exact) < 1e-6
 
 
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_result_as_fp8(num_splits):
+    """Guards: the scale forgotten or inverted in one of the three epilogues, values that overflow to NaN."""
+    case = make_case(
+        [1, 1, 1, 33, 2], [130, 0, 96, 33, 50], 3,
+        kv_heads=2, group=3, dim=64, block_size=32, chunk=None, dtype=FP8,
+    )  # fmt: skip
+    scale = torch.tensor(0.002, device=DEVICE)  # some values are beyond 448 * scale
+    expected = (paged_attention_reference(*case).float() / scale).clamp(-448, 448)
+    out = torch.full((38, 6 * 64), float("nan"), device=DEVICE).to(FP8)
+    decode_attention(
+        case.q[:3], case.k_cache, case.v_cache, case.block_tables, case.seq_lens[:3], 130, case.sm_scale, None,
+        case.k_scale, case.v_scale, out, None, num_splits, out_scale=scale,
+    )  # fmt: skip
+    assert error(out[:3].float(), expected[:3].cpu().double()) < 0.04
+    out = paged_attention_triton(*case, out_scale=scale)
+    assert out.dtype == FP8 and error(out.float(), expected.cpu().double()) < 0.04
+    assert torch.equal(paged_attention_reference(*case, out_scale=scale).float(), expected.to(FP8).float())
+
+
+@pytest.mark.parametrize("padding", [(0, 0), (3, 0), (70, 2)])
+def test_padding_behind_the_prefills_becomes_zeros(padding):
+    """Guards: rows of no sequence left as memory was, whether the last sequence is real or padding."""
+    rows, seqs = padding
+    case = make_case(
+        [1, 20, 9],
+        [40, 20, 50],
+        1,
+        kv_heads=2,
+        group=3,
+        dim=64,
+        block_size=32,
+        chunk=None,
+        dtype=torch.float32,
+    )
+    exact = exact_attention(case)
+    padded = case._replace(
+        q=torch.cat((case.q, torch.full((rows, 6, 64), float("nan"), device=DEVICE))),
+        query_start=torch.cat((case.query_start, case.query_start[-1:].expand(seqs))),
+        seq_lens=torch.cat((case.seq_lens, case.seq_lens.new_zeros(seqs))),
+        block_tables=torch.cat(
+            (case.block_tables, case.block_tables.new_zeros(seqs, case.block_tables.shape[1]))
+        ),
+    )
+    out = torch.full((30 + rows, 6 * 64), float("nan"), device=DEVICE)
+    prefill_attention(*padded[:6], 1, *padded[9:], out)
+    assert error(out[1:30], exact[1:]) < 1e-6 and torch.all(out[30:] == 0)
+
+
 @pytest.mark.parametrize("chunk", [None, 40])
 @pytest.mark.parametrize("num_splits", [1, 2, 7])
 @pytest.mark.parametrize("tokens", [32, 64, 128])

@@ -63,12 +63,12 @@ def _positions_restart(
 
 def _sliding_window(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor,
-    query_start: torch.Tensor, seq_lens: torch.Tensor, *args: Any,
+    query_start: torch.Tensor, seq_lens: torch.Tensor, *args: Any, out_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """The last 32 keys of each query, for one sequence."""
     sm_scale, chunk = args[3:5]
     if chunk is None:
-        return paged_attention(q, k_cache, v_cache, tables, query_start, seq_lens, *args)
+        return paged_attention(q, k_cache, v_cache, tables, query_start, seq_lens, *args, out_scale=out_scale)
     length = int(seq_lens[0])
     used = tables[0].long()
     k, v = (c[used].transpose(0, 1).flatten(1, 2)[:, :length] for c in (k_cache, v_cache))
@@ -197,8 +197,8 @@ def _global_scale_inverted(x: torch.Tensor, packed: Any, block: Any, scale: torc
     return nvfp4_linear(x, packed, block, 1 / scale)
 
 
-def _read_without_kv_scale(*args: Any) -> torch.Tensor:
-    return paged_attention(*args[:-2], 1.0, 1.0)
+def _read_without_kv_scale(*args: Any, out_scale: torch.Tensor | None) -> torch.Tensor:
+    return paged_attention(*args[:-2], 1.0, 1.0, out_scale=out_scale)
 
 
 linear_fp8 = linear.fp8_linear
