@@ -42,10 +42,7 @@ class ServerProcess:
         port: int | None = None,
         env: Mapping[str, str] | None = None,
     ) -> None:
-        """``argv`` follows ``serve``; ``program`` replaces the whole command and must listen on ``port``.
-
-        Threads of the tests' servers sleep while they wait: beside other work, spinning ones starve each other.
-        """
+        """``argv`` follows ``serve``; ``program`` replaces the whole command and must listen on ``port``."""
         self.port = free_port() if port is None else port
         self._env = dict(env or {})
         address = ["--host", "127.0.0.1", "--port", str(self.port)]
@@ -58,7 +55,7 @@ class ServerProcess:
         self._process = subprocess.Popen(
             self._command,
             cwd=REPO,
-            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **self._env},
+            env={**os.environ, **self._env},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
