@@ -7,18 +7,35 @@ collective is the identity, so a layer is written once for any number of GPUs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
 
+class Mesh(Protocol):
+    """Collectives of host tensors, see ``runner.mesh``."""
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over the tensor group, in place."""
+
+    def all_gather_last(self, x: torch.Tensor) -> torch.Tensor:
+        """Concatenate over the tensor group along the last dimension."""
+
+    def send(self, x: torch.Tensor, to: int) -> None:
+        """Give a tensor to a rank."""
+
+    def receive(self, out: torch.Tensor, source: int) -> torch.Tensor:
+        """Fill ``out`` with what a rank sends."""
+
+
 @dataclass(frozen=True, slots=True)
 class Parallel:
     """Tensor- and pipeline-parallel rank of this process, with the groups to talk over.
 
-    ``expert_parallel`` splits MoE layers by expert instead of by column inside the tensor group.
+    ``expert_parallel`` splits MoE layers by expert instead of by column inside the tensor group. ``mesh`` carries
+    host tensors; without one, ``torch.distributed`` carries everything.
     """
 
     tp_rank: int = 0
@@ -27,6 +44,7 @@ class Parallel:
     pp_size: int = 1
     expert_parallel: bool = False
     tp_group: ProcessGroup | None = None
+    mesh: Mesh | None = None
 
     @property
     def is_first_stage(self) -> bool:
@@ -57,6 +75,8 @@ class Parallel:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum ``x`` over the tensor group, in place."""
+        if self.tp_size > 1 and self.mesh is not None:
+            return self.mesh.all_reduce(x)
         if self.tp_size > 1:
             import torch.distributed as dist
 
@@ -67,6 +87,8 @@ class Parallel:
         """Concatenate ``x`` over the tensor group along its last dimension."""
         if self.tp_size == 1:
             return x
+        if self.mesh is not None:
+            return self.mesh.all_gather_last(x)
         import torch
         import torch.distributed as dist
 
@@ -76,13 +98,20 @@ class Parallel:
 
     def send_next(self, hidden: torch.Tensor) -> None:
         """Hand hidden states ``[T, M]`` to the same tensor rank of the next pipeline stage."""
+        to = (self.pp_rank + 1) * self.tp_size + self.tp_rank
+        if self.mesh is not None:
+            self.mesh.send(hidden, to)
+            return
         import torch.distributed as dist
 
-        dist.send(hidden.contiguous(), dst=(self.pp_rank + 1) * self.tp_size + self.tp_rank)
+        dist.send(hidden.contiguous(), dst=to)
 
     def receive_previous(self, out: torch.Tensor) -> torch.Tensor:
         """Fill ``out`` with the hidden states of the previous pipeline stage."""
+        source = (self.pp_rank - 1) * self.tp_size + self.tp_rank
+        if self.mesh is not None:
+            return self.mesh.receive(out, source)
         import torch.distributed as dist
 
-        dist.recv(out, src=(self.pp_rank - 1) * self.tp_size + self.tp_rank)
+        dist.recv(out, src=source)
         return out

@@ -65,4 +65,4 @@ class SocketMesh:
 
 def _bytes_of(x: torch.Tensor) -> memoryview:
     """The memory of a contiguous host tensor."""
-    return memoryview(x.view(-1).view(torch.uint8).numpy())
+    return x.view(-1).view(torch.uint8).numpy().data

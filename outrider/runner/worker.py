@@ -146,7 +146,7 @@ def _join_nccl(join: Join, pp_rank: int) -> dist.ProcessGroup | None:
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         "nccl",
-        store=dist.FileStore(join.store, join.world_size),
+        store=dist.FileStore(join.store, join.world_size),  # type: ignore[attr-defined]
         rank=join.rank,
         world_size=join.world_size,
         timeout=timedelta(minutes=5),
@@ -155,7 +155,8 @@ def _join_nccl(join: Join, pp_rank: int) -> dist.ProcessGroup | None:
         dist.new_group(list(range(stage * tp, (stage + 1) * tp)))
         for stage in range(join.config.pipeline_parallel_size)
     ]
-    return stages[pp_rank]
+    group: dist.ProcessGroup | None = stages[pp_rank]
+    return group
 
 
 def serve(channel: Channel) -> None:
