@@ -73,6 +73,9 @@ class EngineConfig(_Checked):
         "Local folder, .gguf file or hub id; empty means the embedded SmolLM2-135M-Instruct",
         group="Model",
     )
+    tokenizer: str | None = option(
+        None, "Folder or hub id of the tokenizer (default: the model's)", group="Model"
+    )
     dtype: str = option(
         "auto",
         "Arithmetic type of weights and activations",
@@ -138,6 +141,11 @@ class EngineConfig(_Checked):
         True, "Launch the next step before reading the last one's tokens", group="Scheduler"
     )
     enforce_eager: bool = option(False, "Never use CUDA graphs", group="Model")
+    deterministic: bool = option(
+        False,
+        "The same bits for a request whatever runs beside it, at a cost (CPU only, see docs/operations.md)",
+        group="Model",
+    )
     tensor_parallel_size: int = option(
         1, "GPUs that share each layer", group="Parallel", short="-tp", min=1, max=1024
     )
@@ -233,9 +241,6 @@ class ServerConfig(_Checked):
         auto=True,
     )
 
-    tokenizer: str | None = option(
-        None, "Folder or hub id of the tokenizer (default: the model's)", group="Chat"
-    )
     chat_template: str | None = option(
         None, "File or one-line Jinja template for chat (default: the checkpoint's)", group="Chat"
     )

@@ -78,13 +78,12 @@ def resolve_files(
     }
     model = resolve_model(engine.model, weights=engine.load_format != "dummy", **hub)
     tokenizer = model
-    if server.tokenizer and server.tokenizer != engine.model:
-        tokenizer = resolve_model(server.tokenizer, weights=False, **hub)
+    if engine.tokenizer and engine.tokenizer != engine.model:
+        tokenizer = resolve_model(engine.tokenizer, weights=False, **hub)
     return (
-        replace(engine, model=str(model)),
+        replace(engine, model=str(model), tokenizer=str(tokenizer)),
         replace(
             server,
-            tokenizer=str(tokenizer),
             served_model_name=server.served_model_name or [engine.model or EMBEDDED_NAME],
             api_key=api_keys(server, environment),
         ),
@@ -149,7 +148,7 @@ async def _start_engine(
         client = ProcessEngineClient(engine_config, progress, bounds)
         starting = asyncio.create_task(client.start())
         try:
-            tokenizer = await asyncio.to_thread(Tokenizer.load, str(server_config.tokenizer))
+            tokenizer = await asyncio.to_thread(Tokenizer.load, str(engine_config.tokenizer))
             load_chat_template(tokenizer, server_config.chat_template)
             await starting
         except BaseException:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from outrider.kernels.sampling import SamplingRows, sample, top_logprobs
@@ -31,6 +30,7 @@ class Sampler:
         self._table = table
         self._vocab_size = vocab_size
         self._device = device
+        self._bit_places = torch.arange(8, dtype=torch.uint8, device=device)
         self._counts: torch.Tensor | None = None  # [R, V] int32, generated tokens
         self._seen: torch.Tensor | None = None  # [R, V] bool, prompt tokens
 
@@ -120,10 +120,12 @@ class Sampler:
         line -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
 
     def _unpack(self, mask: bytes) -> torch.Tensor:
-        bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")[: self._vocab_size]
-        allowed = torch.zeros(self._vocab_size, dtype=torch.bool)
-        allowed[: len(bits)] = torch.from_numpy(bits.astype(bool))
-        return allowed.to(self._device, non_blocking=True)
+        """``[V]`` bool from packed bits; they travel packed and are taken apart on the device."""
+        packed = torch.frombuffer(bytearray(mask), dtype=torch.uint8).to(self._device, non_blocking=True)
+        bits = packed[:, None].bitwise_right_shift(self._bit_places).bitwise_and_(1).flatten()
+        return torch.nn.functional.pad(
+            bits[: self._vocab_size].bool(), (0, max(0, self._vocab_size - len(bits)))
+        )
 
     def _count(self, ids: torch.Tensor, params: list[SamplingParams], rows: IntArray) -> None:
         tracked = [i for i, p in enumerate(params) if p.uses_history]

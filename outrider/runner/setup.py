@@ -117,7 +117,7 @@ def _make_engine(model: Facts, plan: KVPlan, executor: Executor) -> Engine:
     kv = KVManager(plan.layout, plan.num_blocks, config.enable_prefix_caching)
     depth = 1 + config.pipeline_parallel_size if config.async_scheduling else 1
     facts = model.model_config
-    compiler = build_compiler(config.model, None, facts.vocab_size, facts.eos_token_ids)
+    compiler = build_compiler(config.model, config.tokenizer, facts.vocab_size, facts.eos_token_ids)
     return Engine(Scheduler(kv, limits), executor, compiler, depth)
 
 

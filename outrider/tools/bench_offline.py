@@ -91,8 +91,8 @@ def with_engine(config: EngineConfig, work: Callable[[OfflineEngine], Awaitable[
 
 def located(config: EngineConfig) -> tuple[EngineConfig, Path]:
     """``config`` with its model on disk, and the path of its tokenizer."""
-    config, server = resolve_files(config, ServerConfig(), os.environ)
-    return config, Path(str(server.tokenizer))
+    config, _ = resolve_files(config, ServerConfig(), os.environ)
+    return config, Path(str(config.tokenizer))
 
 
 def sampled_copies(work: Sequence[Work], n: int) -> list[Work]:

@@ -281,7 +281,7 @@ def test_names_and_keys_that_the_server_gets(tmp_path: Path) -> None:
     engine, server = resolve_files(
         EngineConfig(model=str(tmp_path)), ServerConfig(), {"VLLM_API_KEY": "old", "OUTRIDER_API_KEY": "new"}
     )
-    assert engine.model == server.tokenizer == str(tmp_path.resolve())
+    assert engine.model == engine.tokenizer == str(tmp_path.resolve())
     assert (server.served_model_name, server.api_key) == ([str(tmp_path)], ["new"])
     _, server = resolve_files(EngineConfig(), ServerConfig(api_key=["typed"]), {"VLLM_API_KEY": "old"})
     assert (server.served_model_name, server.api_key) == ([EMBEDDED_NAME], ["typed"])

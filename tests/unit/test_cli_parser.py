@@ -96,7 +96,7 @@ def test_recipe_serve_line_as_typed(line: str) -> None:
     """Guards against any flag of the recipe being refused, dropped or read as something else."""
     settings = parse_serve(shlex.split(line))
     engine, server = settings.engine, settings.server
-    assert engine.model == server.tokenizer and engine.model.startswith("nvidia/Llama-4-Scout")
+    assert engine.model == engine.tokenizer and engine.model.startswith("nvidia/Llama-4-Scout")
     assert engine.quantization == ("modelopt_fp4" if engine.model.endswith("FP4") else "modelopt")
     assert (server.host, server.port) == ("0.0.0.0", 8080)
     assert (engine.max_num_seqs, engine.max_num_batched_tokens, engine.max_model_len) == (512, 8192, 9216)
