@@ -1,7 +1,7 @@
 """Times the NVFP4 products at Scout's sizes: ``python -m benchmarks.kernels.nvfp4 --json OUT``.
 
 Prints first how far each arithmetic is from exact weights and activations (relative error of one product on
-Gaussian data): weight-only, FP8 activations, and the format's own 4-bit activations.
+Gaussian data), then checks every candidate against exact weights before it is timed.
 """
 
 from __future__ import annotations
@@ -11,24 +11,41 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks.kernels.common import Report, graph_us, parse_args, relative_error
-from outrider.kernels import moe, nvfp4
-from outrider.kernels.nvfp4_gemm import (
-    Nvfp4Tile,
-    dequantize_nvfp4_triton,
-    nvfp4_to_fp8_triton,
-    to_planes_triton,
-)
+from outrider.kernels import moe, moe_nvfp4, nvfp4
+from outrider.kernels.moe_dispatch import STREAM_FP8, SortedRows, gather_rows_triton
+from outrider.kernels.nvfp4_gemm import Nvfp4Tile
+from outrider.kernels.nvfp4_repack import quantize_stream, repack_nvfp4_, unpack_to_fp8
+from outrider.kernels.nvfp4_stream import StreamTile, stream_triton
 
 EXPERTS, HIDDEN, INTER = 16, 5120, 8192
-DENSE = {"qkv": (7168, 5120), "o": (5120, 5120), "down": (5120, 8192)}
-DENSE_TILES = {
-    False: [Nvfp4Tile(16, 64, 16, 4, 4, 4), Nvfp4Tile(16, 128, 16, 3, 8, 4)],
-    True: [Nvfp4Tile(16, 64, 32, 3, 4, 4), Nvfp4Tile(16, 128, 32, 2, 8, 4)],
+FP8_PEAK = 1350.0
+DENSE = {"qkv": (7168, 5120), "o": (5120, 5120), "gate_up": (16384, 5120), "down": (5120, 8192)}
+Pair = tuple[StreamTile, StreamTile]
+SMALL: list[Pair] = [
+    (StreamTile(16, 4, 4), StreamTile(16, 4, 4)),
+    (StreamTile(16, 8, 4), StreamTile(16, 8, 4)),
+]
+CANDIDATES: dict[int, list[Pair]] = {
+    1: [(up, StreamTile(16, 4, 4, split_k=k)) for (up, _), k in zip(SMALL, (4, 8), strict=True)],
+    64: SMALL,
+    150: [*SMALL, (StreamTile(32, 4, 3), StreamTile(32, 4, 3))],
+    512: [
+        (StreamTile(32, 4, 3), StreamTile(32, 4, 3)),
+        (StreamTile(64, 4, 2), StreamTile(64, 4, 2)),
+        (StreamTile(64, 8, 3), StreamTile(64, 8, 3)),
+    ],
+    1024: [
+        (StreamTile(64, 8, 3), StreamTile(64, 8, 3)),
+        (StreamTile(128, 8, 2), StreamTile(128, 8, 2)),
+    ],
+    8192: [(StreamTile(128, 8, 2), StreamTile(128, 8, 2))],
 }
-MOE_TILES = {
-    1: [Nvfp4Tile(16, 64, 16, 4, 4), Nvfp4Tile(16, 64, 32, 3, 4)],
-    64: [Nvfp4Tile(16, 64, 16, 4, 4), Nvfp4Tile(16, 64, 32, 3, 4), Nvfp4Tile(16, 128, 32, 2, 8)],
-    512: [Nvfp4Tile(32, 64, 16, 4, 4), Nvfp4Tile(32, 64, 32, 3, 4), Nvfp4Tile(64, 128, 32, 2, 8)],
+MORE: dict[int, list[Pair]] = {
+    1: [(StreamTile(16, 4, 3), StreamTile(16, 4, 4, split_k=2))],
+    64: [(StreamTile(16, 4, 3), StreamTile(16, 4, 3)), (StreamTile(16, 4, 2), StreamTile(16, 4, 2))],
+    150: [(StreamTile(32, 8, 4), StreamTile(32, 8, 4)), (StreamTile(32, 4, 2), StreamTile(32, 4, 2))],
+    512: [(StreamTile(64, 4, 3), StreamTile(64, 4, 3)), (StreamTile(64, 8, 2), StreamTile(64, 8, 2))],
+    1024: [(StreamTile(64, 4, 2), StreamTile(64, 4, 2))],
 }
 
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -53,9 +70,9 @@ def gaussian_part(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes[:, 0::2] | codes[:, 1::2] << 4, scale
 
 
-def label(tile: Nvfp4Tile, fp8: bool) -> str:
+def label(tile: StreamTile) -> str:
     """A tile in a few characters."""
-    name = f"{'w4a8' if fp8 else 'w4a16'} {tile.rows}x{tile.outputs}x{tile.blocks * 16} st{tile.stages} w{tile.warps}"
+    name = f"{tile.rows} rows w{tile.warps} st{tile.stages}"
     return name + (f" k{tile.split_k}" if tile.split_k > 1 else "")
 
 
@@ -66,7 +83,7 @@ def timed(
     calls: Sequence[Callable[[], torch.Tensor]],
     expected: torch.Tensor | None,
     limit: float,
-    num_bytes: int,
+    num_bytes: float,
     flops: float,
 ) -> None:
     """One row, memory- or compute-bound by its own counts; wrong or unlaunchable variants are failures."""
@@ -76,12 +93,12 @@ def timed(
             report.fail(case, variant, f"relative error {error:.2e} > {limit}")
         us = graph_us(calls, 9)
     except Exception as error_here:  # one candidate that does not fit must not end the run
-        report.fail(case, variant, str(error_here).splitlines()[0][:120])
+        report.fail(case, variant, " ".join(str(error_here).split())[:200])
         return
-    if flops / 700 > num_bytes / report.copy * 1e12:
+    if flops / FP8_PEAK > num_bytes / report.copy * 1e12:
         report.compute(case, variant, us, flops)
     else:
-        report.memory(case, variant, us, num_bytes)
+        report.memory(case, variant, us, int(num_bytes))
 
 
 def accuracy() -> None:
@@ -95,9 +112,8 @@ def accuracy() -> None:
     x4, x_scale = nvfp4.quantize_nvfp4_activations(x, x.float().abs().max() / 2688)
     x4 = x4.unflatten(-1, (-1, 16)) * (x_scale.float() * (x.float().abs().max() / 2688))[..., None]
     outs = {
-        "w4a16 in kernel": nvfp4.nvfp4_linear_triton(x, *weights, False, Nvfp4Tile(64, 64, 16, 3, 4)),
-        "w4a8 in kernel": nvfp4.nvfp4_linear_triton(x, *weights, True, Nvfp4Tile(64, 64, 32, 3, 4)),
-        "w4a8 decoded": nvfp4.nvfp4_linear_triton(x, *weights, True),
+        "weight-only": nvfp4.nvfp4_linear_triton(x, *weights, False, Nvfp4Tile(64, 64, 16, 3, 4)),
+        "fp8 rows": nvfp4.fp8_rows_linear(x, *nvfp4.nvfp4_to_fp8_rows(*weights)),
         "w4a4 (format's own)": x4.flatten(-2).double() @ quantised.T,
     }
     for name, out in outs.items():
@@ -107,97 +123,101 @@ def accuracy() -> None:
         )
 
 
-def bench_dense(report: Report, name: str, rows: int, quick: bool) -> None:
-    """One dense shape at one row count, both activation types."""
+def bench_dense(report: Report, name: str) -> None:
+    """One dense shape, decoded once to FP8 rows, over row counts; beside it the product that keeps four bits."""
     num_outputs, depth = DENSE[name]
-    sets = [gaussian_weights(num_outputs, depth) for _ in range(8)]
-    x = torch.randn(rows, depth, device="cuda", dtype=torch.bfloat16)
-    expected = x.float() @ nvfp4.dequantize_nvfp4(*sets[0], torch.float32).T
-    num_bytes = sets[0][0].nbytes + sets[0][1].nbytes
-    for fp8 in (False, True):
-        tiles: list[Nvfp4Tile | None] = [None]
-        if rows <= 16 and not quick:
-            tiles += DENSE_TILES[fp8]
-        for tile in tiles:
-
-            def run(weights: Weights, tile: Nvfp4Tile | None = tile, fp8: bool = fp8) -> torch.Tensor:
-                return nvfp4.nvfp4_linear_triton(x, *weights, fp8, tile)
-
-            variant = label(tile, fp8) if tile else ("w4a8 table" if fp8 else "w4a16 table")
-            calls = [lambda w=w, run=run: run(w) for w in sets]
-            flops = 2.0 * rows * num_outputs * depth
-            timed(
-                report,
-                f"nvfp4 {name} T={rows}",
-                variant,
-                calls,
-                expected,
-                0.06 if fp8 else 6e-3,
-                num_bytes,
-                flops,
-            )
+    sets = [gaussian_weights(num_outputs, depth) for _ in range(4)]
+    rows_sets = [nvfp4.nvfp4_to_fp8_rows(*weights) for weights in sets]
+    exact = nvfp4.dequantize_nvfp4(*sets[0], torch.float32)
+    for rows in (1, 64, 512, 1024):
+        x = torch.randn(rows, depth, device="cuda", dtype=torch.bfloat16)
+        case, flops = f"nvfp4 {name} T={rows}", 2.0 * rows * num_outputs * depth
+        calls = [lambda w=w, x=x: nvfp4.fp8_rows_linear(x, *w) for w in rows_sets]
+        timed(report, case, "fp8 rows", calls, x.float() @ exact.T, 0.05, exact.numel(), flops)
 
 
-def bench_moe(report: Report, sets: list[tuple[Weights, Weights]], rows: int, quick: bool) -> None:
-    """The routed experts at one batch size, both activation types."""
-    x = torch.randn(rows, HIDDEN, device="cuda", dtype=torch.bfloat16)
-    ids, scores = moe.route(torch.randn(rows, EXPERTS, device="cuda", dtype=torch.bfloat16), 1)
-    expected = moe.moe_nvfp4_reference(x, ids, scores, *sets[0][0], *sets[0][1])
+class Experts:
+    """One layer's experts in both orders, and the exact weights' results for one batch at a time."""
+
+    def __init__(self) -> None:
+        self.up = gaussian_weights(EXPERTS, 2 * INTER, HIDDEN)
+        self.down = gaussian_weights(EXPERTS, HIDDEN, INTER)
+        self.repacked_up = (self.up[0].clone(), self.up[1].clone(), self.up[2])
+        self.repacked_down = (self.down[0].clone(), self.down[1].clone(), self.down[2])
+        repack_nvfp4_(*self.repacked_up[:2], gated=True)
+        repack_nvfp4_(*self.repacked_down[:2], gated=False)
+
+
+def bench_moe(report: Report, sets: list[Experts], num_tokens: int, pairs: list[Pair]) -> None:
+    """Each product alone for every candidate, then the whole op as the table runs it."""
+    x = torch.randn(num_tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
+    ids, scores = moe.route(torch.randn(num_tokens, EXPERTS, device="cuda", dtype=torch.bfloat16), 1)
+    expected = moe.moe_nvfp4_reference(x, ids, scores, *sets[0].up, *sets[0].down)
     active = int(ids.unique().numel())
-    num_bytes = active * 3 * INTER * HIDDEN * 9 // 16
-    for fp8 in (False, True):
-        tiles: list[Nvfp4Tile | None] = [None]
-        if not quick:
-            tiles += [tile for tile in MOE_TILES.get(rows, ()) if tile.blocks == 32 or not fp8]
-        for tile in tiles:
+    up_bytes, flops = active * 2 * INTER * HIDDEN * 9 / 16, 4.0 * num_tokens * INTER * HIDDEN
+    rows = gather_rows_triton(x, ids, scores, (0, EXPERTS), STREAM_FP8)
+    hidden = torch.randn(num_tokens, INTER, device="cuda", dtype=torch.bfloat16)
+    down_rows = SortedRows(*_stream_rows(hidden, rows), num_tokens)
+    out = torch.empty_like(x)
 
-            def run(
-                up: Weights, down: Weights, tile: Nvfp4Tile | None = tile, fp8: bool = fp8
-            ) -> torch.Tensor:
-                return moe.moe_nvfp4_triton(x, ids, scores, *up, *down, None, fp8, tile)
+    def op(weights: Experts, tiles: Pair | None) -> torch.Tensor:
+        return moe_nvfp4.moe_nvfp4_repacked(
+            x, ids, scores, *weights.repacked_up, *weights.repacked_down, None, tiles
+        )
 
-            variant = label(tile, fp8) if tile else ("w4a8 table" if fp8 else "w4a16 table")
-            calls = [lambda u=u, d=d, run=run: run(u, d) for u, d in sets]
-            flops = 6.0 * rows * INTER * HIDDEN
-            timed(
-                report,
-                f"moe nvfp4 T={rows}",
-                variant,
-                calls,
-                expected,
-                0.09 if fp8 else 1e-2,
-                num_bytes,
-                flops,
-            )
+    def up(weights: Experts, tile: StreamTile) -> torch.Tensor:
+        stream_triton(rows, *weights.repacked_up, hidden, tile, gated=True)
+        return hidden
+
+    def down(weights: Experts, tile: StreamTile) -> torch.Tensor:
+        stream_triton(down_rows, *weights.repacked_down, out, tile, gated=False)
+        return out
+
+    case = f"moe nvfp4 T={num_tokens}"
+    for pair in pairs:
+        name = f"{label(pair[0])} / {label(pair[1])}"
+        calls = [lambda w=w, pair=pair: op(w, pair) for w in sets]
+        timed(report, case, name, calls, expected, 0.09, 1.5 * up_bytes, 1.5 * flops)
+        calls = [lambda w=w, pair=pair: up(w, pair[0]) for w in sets]
+        timed(report, f"{case} up", label(pair[0]), calls, None, 0.0, up_bytes, flops)
+        calls = [lambda w=w, pair=pair: down(w, pair[1]) for w in sets]
+        timed(report, f"{case} down", label(pair[1]), calls, None, 0.0, up_bytes / 2, flops / 2)
+    calls = [lambda w=w: op(w, None) for w in sets]
+    timed(report, case, "table", calls, expected, 0.09, 1.5 * up_bytes, 1.5 * flops)
 
 
-def bench_helpers(report: Report, weights: Weights) -> None:
-    """Decoding one layer's gate and up weights to memory, and turning activations into planes."""
-    num_values = 2 * weights[0].numel()
-    case = "nvfp4 decode w13"
-    timed(report, case, "fp8", [lambda: nvfp4_to_fp8_triton(*weights[:2])], None, 0, num_values * 25 // 16, 0)
-    x = torch.randn(512, HIDDEN, device="cuda", dtype=torch.bfloat16)
-    timed(
-        report,
-        "to planes T=512",
-        "fp8",
-        [lambda: to_planes_triton(x, 512, 32, True).x] * 8,
-        None,
-        0,
-        3 * x.numel(),
-        0,
+def _stream_rows(hidden: torch.Tensor, rows: SortedRows) -> tuple[torch.Tensor, ...]:
+    codes, scale = quantize_stream(hidden)
+    return codes, rows.index, rows.offsets, scale
+
+
+def bench_helpers(report: Report, weights: Experts) -> None:
+    """Decoding one layer's weights to memory, and turning activations into e4m3 in stream order."""
+    for name, tensors, gated in (("w13", weights.repacked_up, True), ("w2", weights.repacked_down, False)):
+        calls = [lambda t=tensors, g=gated: unpack_to_fp8(*t[:2], gated=g)] * 2
+        timed(
+            report,
+            f"nvfp4 decode {name}",
+            "to fp8 memory",
+            calls,
+            None,
+            0.0,
+            2 * tensors[0].numel() * 25 / 16,
+            0,
+        )
+    error = relative_error(
+        unpack_to_fp8(*weights.repacked_up[:2], gated=True)[0].float() * 8, _exact(weights.up)
     )
-    one = weights[0][0], weights[1][0], weights[2]
+    print(f"decoded w13 of expert 0: relative error {error:.4f} (expected about 0.02)")
+    x = torch.randn(512, INTER, device="cuda", dtype=torch.bfloat16)
     timed(
-        report,
-        "nvfp4 decode expert",
-        "bf16",
-        [lambda: dequantize_nvfp4_triton(*one, torch.bfloat16)],
-        None,
-        0,
-        one[0].numel() * 2 * 41 // 16,
-        0,
+        report, "quantize stream T=512", "", [lambda: quantize_stream(x)[0]] * 8, None, 0.0, 3 * x.numel(), 0
     )
+
+
+def _exact(weights: Weights) -> torch.Tensor:
+    one = torch.ones((), device="cuda")
+    return nvfp4.dequantize_nvfp4(weights[0][0], weights[1][0], one, torch.float32)
 
 
 def main() -> None:
@@ -205,16 +225,12 @@ def main() -> None:
     args = parse_args("Times the NVFP4 products at Scout's sizes.")
     report = Report("nvfp4", args.json)
     accuracy()
-    sets = [
-        (gaussian_weights(EXPERTS, 2 * INTER, HIDDEN), gaussian_weights(EXPERTS, HIDDEN, INTER))
-        for _ in range(4)
-    ]
-    bench_helpers(report, sets[0][0])
-    for rows in (1, 64, 512, 8192):
-        bench_moe(report, sets, rows, args.quick)
+    sets = [Experts() for _ in range(3)]
+    bench_helpers(report, sets[0])
+    for num_tokens, pairs in CANDIDATES.items():
+        bench_moe(report, sets, num_tokens, pairs + ([] if args.quick else MORE.get(num_tokens, [])))
     for name in DENSE:
-        for rows in (1, 64, 512, 8192):
-            bench_dense(report, name, rows, args.quick)
+        bench_dense(report, name)
     report.write()
 
 

@@ -21,4 +21,7 @@ _OPS = {
 
 def op_table(device: torch.device) -> dict[str, str]:
     """The implementation of every operation on ``device``; nothing falls back from it."""
-    return {op: names[device.type != "cuda"] for op, names in _OPS.items()}
+    from outrider.kernels.nvfp4 import nvfp4_path
+
+    table = {op: names[device.type != "cuda"] for op, names in _OPS.items()}
+    return table | {"nvfp4": nvfp4_path(device).value}

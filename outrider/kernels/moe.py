@@ -154,7 +154,7 @@ def moe_bf16_triton(
     up_tile, down_tile = tiles or choose_tiles(BF16_TILES, expert_ids.numel(), experts[1])
     rows = gather_rows_triton(x, expert_ids, scores, experts, PLAIN)
     hidden = gate_up_triton(rows, w13, None, None, x.dtype, up_tile)
-    out = _output_rows(x, expert_ids, expert_range)
+    out = output_rows(x, expert_ids, expert_range)
     down_triton(hidden, w2, None, out, down_tile)
     return combine_choices(out, expert_ids.shape[1])
 
@@ -177,7 +177,7 @@ def moe_fp8_triton(
     up_tile, down_tile = tiles or choose_tiles(FP8_TILES, expert_ids.numel(), experts[1])
     rows = gather_rows_triton(x, expert_ids, scores, experts, STATIC_FP8, a13_scale)
     hidden = gate_up_triton(rows, w13, w13_scale, a2_scale, x.dtype, up_tile)
-    out = _output_rows(x, expert_ids, expert_range)
+    out = output_rows(x, expert_ids, expert_range)
     down_triton(hidden, w2, w2_scale, out, down_tile)
     return combine_choices(out, expert_ids.shape[1])
 
@@ -199,7 +199,7 @@ def moe_nvfp4_triton(
     """``moe_nvfp4`` on the GPU; with FP8 activations and many rows the weights are decoded to memory first."""
     experts = expert_range or (0, w13.shape[0])
     num_rows, top_k = expert_ids.numel(), expert_ids.shape[1]
-    out = _output_rows(x, expert_ids, expert_range)
+    out = output_rows(x, expert_ids, expert_range)
     table = NVFP4_FP8_TILES if fp8_activations else NVFP4_BF16_TILES
     tile = tile or next((entry for most_rows, entry in table if num_rows / experts[1] <= most_rows), None)
     if tile is None:
@@ -242,7 +242,7 @@ def choose_tiles(
     return next((up, down) for most_rows, up, down in table if mean_rows <= most_rows)
 
 
-def _output_rows(
+def output_rows(
     x: torch.Tensor, expert_ids: torch.Tensor, expert_range: tuple[int, int] | None
 ) -> torch.Tensor:
     """One output row per (token, choice); zeros where a choice may belong to another rank."""

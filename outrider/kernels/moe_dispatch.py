@@ -13,13 +13,15 @@ import triton
 import triton.language as tl
 
 from outrider.kernels._dispatch import ceil_div, power_of_two_at_least
+from outrider.kernels.nvfp4_decode import stream_source
 from outrider.kernels.quantize import MIN_ROW_SCALE, to_fp8
 
 ROW_PADDING = 256
 """Spare rows behind every expert-sorted buffer, so that a tile may load past the last row."""
 
-PLAIN, STATIC_FP8, DYNAMIC_FP8 = 0, 1, 2
-"""What the gathered rows become: the model dtype, e4m3 with a given scale, e4m3 with a scale a row."""
+PLAIN, STATIC_FP8, DYNAMIC_FP8, STREAM_FP8 = 0, 1, 2, 3
+"""What the gathered rows become: the model dtype, e4m3 with a given scale, e4m3 with a scale a row, and that with
+the columns in the order of repacked NVFP4 weights."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ def _gather_kernel(
             slot = tl.sum(tl.where(bins == expert, next_slot, 0), 0).to(tl.int64)
             next_slot += (bins == expert).to(tl.int32)
             tl.store(index_ptr + slot, row)
-            x = tl.load(x_ptr + (row // TOP_K) * row_size.to(tl.int64) + columns, mask=mask, other=0.0)
+            source = stream_source(columns) if MODE == 3 else columns
+            x = tl.load(x_ptr + (row // TOP_K) * row_size.to(tl.int64) + source, mask=mask, other=0.0)
             # The model rounds the scaled input before anything else sees it.
             scaled = (x.to(tl.float32) * tl.load(scores_ptr + row)).to(x.dtype)
             if MODE == 0:
@@ -158,7 +161,11 @@ def gather_rows_triton(
     gathered = torch.empty((capacity, row_size), dtype=dtype, device=x.device)
     index = torch.empty(num_rows, dtype=torch.int32, device=x.device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=x.device)
-    row_scale = torch.empty(capacity, dtype=torch.float32, device=x.device) if mode == DYNAMIC_FP8 else None
+    row_scale = (
+        torch.empty(capacity, dtype=torch.float32, device=x.device)
+        if mode in (DYNAMIC_FP8, STREAM_FP8)
+        else None
+    )
     rows = 1 if num_rows <= 1024 else 16
     _gather_kernel[(ceil_div(num_rows, rows),)](
         x,
@@ -182,7 +189,9 @@ def gather_rows_triton(
         BLOCK=power_of_two_at_least(row_size, 128),
         num_warps=8,
     )
-    return SortedRows(gathered, index, offsets, row_scale if mode == DYNAMIC_FP8 else in_scale, num_rows)
+    return SortedRows(
+        gathered, index, offsets, row_scale if mode in (DYNAMIC_FP8, STREAM_FP8) else in_scale, num_rows
+    )
 
 
 _GATHER_SIGNATURE = {
@@ -222,4 +231,5 @@ AOT_SPECS = [
     ),
     (_gather_kernel, _GATHER_SIGNATURE, {**_GATHER_CONSTANTS, "MODE": STATIC_FP8}),
     (_gather_kernel, _GATHER_SIGNATURE, {**_GATHER_CONSTANTS, "MODE": DYNAMIC_FP8}),
+    (_gather_kernel, _GATHER_SIGNATURE, {**_GATHER_CONSTANTS, "MODE": STREAM_FP8}),
 ]

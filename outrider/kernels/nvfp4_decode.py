@@ -154,3 +154,11 @@ def decode_plane_plainly(words, scales, PLANE: tl.constexpr, SHIFT: tl.constexpr
     magnitude = tl.where(exponent == 0, fraction, (1.0 + fraction) * tl.exp2(exponent.to(tl.float32) - 1.0))
     signed = tl.where(code >= 8, -magnitude, magnitude)
     return signed * scales.to(tl.float32) * (1.0 / (1 << SHIFT))
+
+
+@triton.jit
+def stream_source(place):
+    """The in feature at place ``place`` of a row of activations in the order of ``nvfp4_repack``'s weights."""
+    piece = place % 512 // 32
+    column = place % 32
+    return place // 512 * 512 + (column // 4 * 4 + piece // 4) * 16 + piece % 4 * 4 + column % 4

@@ -17,7 +17,9 @@ import torch
 
 from outrider.errors import CheckpointError
 from outrider.kernels.moe import moe_bf16, moe_fp8, moe_nvfp4
-from outrider.kernels.nvfp4 import BLOCK_SIZE
+from outrider.kernels.moe_nvfp4 import moe_nvfp4_repacked
+from outrider.kernels.nvfp4 import BLOCK_SIZE, Nvfp4Path, nvfp4_path
+from outrider.kernels.nvfp4_repack import can_repack, repack_nvfp4_
 from outrider.quant.base import Format, WeightBuilder
 
 
@@ -195,7 +197,10 @@ class Fp8Experts:
 
 
 class Nvfp4Experts:
-    """e2m1 weights packed two a byte along the input, e4m3 scales per 16, an f32 scale per projection."""
+    """e2m1 weights packed two a byte along the input, e4m3 scales per 16, an f32 scale per projection.
+
+    On a GPU with FP8 but no FP4 tensor cores (``Nvfp4Path.FP8``) the loaded weights are reordered in place.
+    """
 
     def __init__(self, builder: WeightBuilder, weights: _Layout, shape: ExpertShape) -> None:
         (_, count), (_, inter), hidden = shape.experts, shape.inter, shape.hidden_size
@@ -218,12 +223,19 @@ class Nvfp4Experts:
                     "The experts' weight_scale_2 differ; export them with one scale for all."
                 )
             self.scales.copy_(scales[:, 0])
+            self.repacked = nvfp4_path(builder.device) is Nvfp4Path.FP8 and divisible
+            if self.repacked:
+                repack_nvfp4_(self.w13, self.w13_block_scale, gated=True)
+                repack_nvfp4_(self.w2, self.w2_block_scale, gated=False)
 
+        divisible = can_repack(2 * inter, hidden, gated=True) and can_repack(hidden, inter, gated=False)
+        self.repacked = False
         builder.after_load.append(finish)
 
     def __call__(self, x: torch.Tensor, expert_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """See ``Experts``."""
-        return moe_nvfp4(
+        op = moe_nvfp4_repacked if self.repacked else moe_nvfp4
+        return op(
             x, expert_ids, scores,
             self.w13, self.w13_block_scale, self.scales[0],
             self.w2, self.w2_block_scale, self.scales[1],

@@ -13,7 +13,14 @@ from typing import Protocol
 import torch
 
 from outrider.kernels.gemm import fp8_linear
-from outrider.kernels.nvfp4 import BLOCK_SIZE, nvfp4_linear
+from outrider.kernels.nvfp4 import (
+    BLOCK_SIZE,
+    Nvfp4Path,
+    fp8_rows_linear,
+    nvfp4_linear,
+    nvfp4_path,
+    nvfp4_to_fp8_rows,
+)
 from outrider.kernels.quantize import quantize_fp8
 from outrider.quant.base import Format, WeightBuilder
 from outrider.quant.matrix import Matrix
@@ -108,7 +115,10 @@ class Fp8Linear:
 
 
 class Nvfp4Linear:
-    """e2m1 weights packed two a byte along K, e4m3 scales per 16 of K, an f32 scale; activations stay wide."""
+    """e2m1 weights packed two a byte along K, e4m3 scales per 16 of K, an f32 scale; activations stay wide.
+
+    On a GPU with FP8 but no FP4 tensor cores the loaded weights become e4m3 rows (``Nvfp4Path.FP8``).
+    """
 
     input_scale: torch.Tensor | None = None
 
@@ -128,11 +138,24 @@ class Nvfp4Linear:
             if not bool((part_scales == part_scales[0]).all()):
                 pieces = _split(self.packed, parts), _split(self.block_scale, parts), part_scales.unbind()
                 self.gemms = list(zip(*pieces, strict=True))
+            if nvfp4_path(builder.device) is Nvfp4Path.FP8:
+                self._become_fp8_rows()
 
+        self.fp8_rows: tuple[torch.Tensor, torch.Tensor] | None = None
         builder.after_load.append(finish)
+
+    def _become_fp8_rows(self) -> None:
+        """Replace the packed weights by ``(e4m3 [N, K], scale f32 [N])``."""
+        scales = [scale.reshape(1).expand(packed.shape[0]) for packed, _, scale in self.gemms]
+        self.fp8_rows = nvfp4_to_fp8_rows(self.packed, self.block_scale, torch.cat(scales))
+        self.gemms.clear()
+        del self.packed, self.block_scale
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """See ``Linear``."""
+        if self.fp8_rows is not None:
+            y = fp8_rows_linear(x, *self.fp8_rows)
+            return y if self.bias is None else y + self.bias
         outs = [nvfp4_linear(x, packed, block_scale, scale) for packed, block_scale, scale in self.gemms]
         y = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
         return y if self.bias is None else y + self.bias

@@ -25,15 +25,22 @@ import importlib, json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 compiled = []
 for name in sys.argv[2:]:
-    for spec in getattr(importlib.import_module("outrider.kernels." + name), "AOT_SPECS", ()):
+    module = importlib.import_module("outrider.kernels." + name)
+    specs = [(json.loads(sys.argv[1]), spec) for spec in getattr(module, "AOT_SPECS", ())]
+    specs += [([90], spec) for spec in getattr(module, "HOPPER_AOT_SPECS", ())]
+    for architectures, spec in specs:
         kernel, signature, constants = spec[:3]
         options = spec[3] if len(spec) > 3 else {}
         signature = {argument: signature.get(argument, "constexpr") for argument in kernel.arg_names}
-        source = ASTSource(kernel, signature, constants)
-        for arch in json.loads(sys.argv[1]):
+        source_type = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+        aligned = spec[4] if len(spec) > 4 else ()
+        attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+        source = source_type(kernel, signature, constants, attributes)
+        for arch in architectures:
             binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
             compiled.append([name, kernel.__name__, arch, len(binary.asm["cubin"]), binary.metadata.shared])
 print(json.dumps(compiled))
@@ -42,7 +49,7 @@ print(json.dumps(compiled))
 
 @pytest.fixture(scope="module")
 def compiled() -> list[list]:
-    """``[module, kernel, architecture, bytes of machine code, shared memory]`` of every entry of ``AOT_SPECS``."""
+    """``[module, kernel, architecture, bytes of machine code, shared memory]`` of every entry."""
     env = {**os.environ, "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-W", "ignore", "-c", COMPILE, json.dumps(ARCHITECTURES), *MODULES]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
@@ -65,7 +72,7 @@ def test_shared_memory_fits_a_hopper_multiprocessor(compiled):
 def test_every_jit_kernel_is_listed(compiled):
     """Guards: a new kernel that nobody ever compiles before it meets a GPU."""
     listed = {kernel for _, kernel, *_ in compiled}
-    definition = re.compile(r"@triton\.jit[^\n]*\ndef (_\w+_kernel)\(")
+    definition = re.compile(r"@(?:triton|gluon)\.jit[^\n]*\ndef (_\w+_kernel)\(")
     folder = Path(outrider.kernels.__path__[0])
     defined = {
         name for module in MODULES for name in definition.findall((folder / f"{module}.py").read_text())

@@ -1,0 +1,282 @@
+"""The order in which NVFP4 expert weights are kept for ``nvfp4_stream``, and everything that writes or reads it.
+
+Called by ``quant`` once after loading, and by the launchers of ``moe``. Repacked tensors have the checkpoint's shapes
+and sizes and nothing else of its order:
+
+* gate and up rows alternate in eights (``gated``), so the two products of a column meet in one thread;
+* a tile of 64 rows x 512 in features is contiguous, words in the order in which wgmma's lanes want them;
+* in a word of eight codes the signs move away from their codes (see ``nvfp4_stream``);
+* a scale byte is the e4m3 code of scale / 16, bit 7 set where 1.5 x scale rounds up. Blocks whose scale is below
+  1/4 are rounded anew to scale 1/4 (at most 1/1792 of the largest block's error).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from outrider.kernels._dispatch import interpreted, power_of_two_at_least
+from outrider.kernels.moe_dispatch import ROW_PADDING
+from outrider.kernels.nvfp4_decode import stream_source
+from outrider.kernels.quantize import MIN_ROW_SCALE, to_fp8
+
+CHUNK = 512
+"""In features of a repacked tile: 32 scale blocks."""
+
+TILE_ROWS = 64
+"""Weight rows of a repacked tile."""
+
+_WORDS = TILE_ROWS * CHUNK // 16
+
+
+def can_repack(num_rows: int, depth: int, gated: bool) -> bool:
+    """Whether a matrix [num_rows, depth] divides into repacked tiles."""
+    return num_rows % (2 * TILE_ROWS if gated else TILE_ROWS) == 0 and depth % CHUNK == 0
+
+
+@triton.jit
+def _find_word(index, num_words):
+    """Row in its tile and block in its chunk of the word at ``index`` of a repacked tile: h r8 cp | w g q | e."""
+    local = index % num_words
+    row = local // 64 % 4 * 16 + local // 512 % 2 * 8 + local // 8 % 8
+    block = local // 1024 * 16 + local // 2 % 4 * 4 + local // 256 % 2 * 2 + local % 2
+    return row, block
+
+
+@triton.jit
+def _scale_place(row, block):
+    """Where the scale of a block stands in its tile's 2,048 bytes: w g q | h r8 cp e."""
+    lane = row // 16 * 32 + row % 8 * 4 + block // 4 % 4
+    return lane * 16 + block // 16 * 8 + row // 8 % 2 * 4 + block % 4
+
+
+@triton.jit
+def _source_row(row, num_rows, GATED: tl.constexpr):
+    """The checkpoint's row that repacked row ``row`` holds."""
+    if GATED:
+        return row // 16 * 8 + row % 8 + row // 8 % 2 * (num_rows // 2)
+    return row
+
+
+@triton.jit
+def _rescale(word, ratio):
+    """The codes of ``word``'s values times ``ratio`` <= 1, rounded to nearest even."""
+    out = tl.zeros_like(word)
+    for i in tl.static_range(16):
+        code = (word >> (4 * i)) & 15
+        magnitude = (code & 7).to(tl.int32)
+        fraction = (magnitude & 1).to(tl.float32) * 0.5
+        exponent = magnitude >> 1
+        value = tl.where(exponent == 0, fraction, (1.0 + fraction) * tl.exp2(exponent.to(tl.float32) - 1.0))
+        value = value * ratio
+        rounded = (value > 0.25).to(tl.int64) + (value >= 0.75) + (value > 1.25) + (value >= 1.75)
+        rounded = rounded + (value > 2.5) + (value >= 3.5) + (value > 5.0)
+        out = out | ((rounded | (code & 8)) << (4 * i))
+    return out
+
+
+@triton.jit
+def _repack_kernel(
+    w_ptr, s_ptr, w_out_ptr, s_out_ptr, num_rows, num_blocks, GATED: tl.constexpr, WORDS: tl.constexpr
+):
+    # One program a tile. int64 words: a shift right of a negative one is masked afterwards.
+    tile = tl.program_id(0)
+    chunks = num_blocks // 32
+    index = tl.arange(0, WORDS)
+    row, block = _find_word(index, WORDS)
+    source_row = _source_row(tile // chunks * 64 + row, num_rows, GATED)
+    source = source_row.to(tl.int64) * num_blocks + tile % chunks * 32 + block
+    word = tl.load(w_ptr + source)
+    scale = tl.load(s_ptr + source).to(tl.int32)  # e4m3 bits, never negative
+    if tl.min(scale, 0) < 40:  # 1/4
+        mantissa = (scale & 7).to(tl.float32)
+        exponent = (scale >> 3).to(tl.float32)
+        value = tl.where(scale < 8, mantissa / 512.0, (8.0 + mantissa) * tl.exp2(exponent - 10.0))
+        word = tl.where(scale < 40, _rescale(word, tl.minimum(value * 4.0, 1.0)), word)
+        scale = tl.maximum(scale, 40)
+    out = word & 0x7777777777777777
+    for half in tl.static_range(2):
+        for i in tl.static_range(8):
+            sign = (word >> (32 * half + 4 * i + 3)) & 1
+            out = out | (sign << (32 * half + (8 * i + 7 if i < 4 else 8 * i - 29)))
+    tl.store(w_out_ptr + tile.to(tl.int64) * WORDS + index, out)
+    mantissa = scale & 7
+    up = ((mantissa >= 1) & (mantissa <= 5)).to(tl.int32)
+    packed = (scale - 32) | (up << 7)
+    tl.store(s_out_ptr + tile.to(tl.int64) * WORDS + _scale_place(row, block), packed.to(tl.uint8))
+
+
+def _unpack_asm() -> str:
+    """PTX for one block: word $4, scale byte $5 -> 4 registers of 4 e4m3 values; see ``nvfp4_stream``."""
+    lines = [
+        "{ .reg .b32 s, u, lo, hi, t, v, a, b;",
+        "prmt.b32 s, $5, 0, 0x0000; shr.u32 u, s, 7;",
+        "and.b32 hi, s, 0x7F7F7F7F; and.b32 v, u, 0x01000100;",
+        "add.u32 hi, hi, v; add.u32 hi, hi, 0x1C181410;",
+        "and.b32 lo, s, 0x7F7F7F00; and.b32 v, u, 0x01000000;",
+        "add.u32 lo, lo, v; add.u32 lo, lo, 0x0C080000;",
+        "mov.b64 {a, b}, $4;",
+    ]
+    for out, word in ((0, "a"), (2, "b")):
+        lines += [
+            f"and.b32 t, {word}, 0x77777777;",
+            f"prmt.b32 v, lo, hi, t; lop3.b32 ${out}, v, {word}, 0x80808080, 0xF8;",
+            f"shr.u32 t, t, 16; shl.b32 u, {word}, 4;",
+            f"prmt.b32 v, lo, hi, t; lop3.b32 ${out + 1}, v, u, 0x80808080, 0xF8;",
+        ]
+    return "\n".join(lines) + "}"
+
+
+_UNPACK_ASM = tl.constexpr(_unpack_asm())
+_UNPACK_CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r,l,r")
+
+
+@triton.jit
+def _decode_four_plainly(word, scale, PART: tl.constexpr):
+    """Four e4m3 codes as the assembly makes them: the interpreter's path, and the statement of what it does."""
+    out = tl.zeros_like(scale)
+    half = word >> (32 * (PART // 2))
+    for i in tl.static_range(4):
+        code = (half >> (16 * (PART % 2) + 4 * i)) & 7
+        sign = (half >> (8 * i + (3 if PART % 2 else 7))) & 1
+        odd = ((code & 1) == 1) & (code > 1)
+        step = tl.where(code > 1, (code >> 1) * 8, 0).to(tl.int32)
+        value = (scale & 127) + step + tl.where(odd, 4 + (scale >> 7), 0)
+        byte = tl.where(code == 0, 0, value) | (sign.to(tl.int32) << 7)
+        out = out | (byte << (8 * i))
+    return out
+
+
+@triton.jit
+def _unpack_kernel(
+    w_ptr,
+    s_ptr,
+    out_ptr,
+    num_rows,
+    num_blocks,
+    GATED: tl.constexpr,
+    ASM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    # The words of a warp are written as 64 contiguous bytes of 8 rows; a second instruction fills their sectors.
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tile = index // WORDS
+    row, block = _find_word(index, WORDS)
+    word = tl.load(w_ptr + index)
+    scale = tl.load(s_ptr + tile * WORDS + _scale_place(row, block)).to(tl.int32)
+    if ASM:
+        p0, p1, p2, p3 = tl.inline_asm_elementwise(
+            _UNPACK_ASM,
+            _UNPACK_CONSTRAINTS,
+            [word, scale],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        p0 = _decode_four_plainly(word, scale, 0)
+        p1 = _decode_four_plainly(word, scale, 1)
+        p2 = _decode_four_plainly(word, scale, 2)
+        p3 = _decode_four_plainly(word, scale, 3)
+    chunks = num_blocks // 32
+    matrix = tile // (num_rows // 64 * chunks)
+    tile = tile % (num_rows // 64 * chunks)
+    target_row = matrix * num_rows + _source_row(tile // chunks * 64 + row, num_rows, GATED)
+    target = (target_row * num_blocks + tile % chunks * 32 + block) * 4
+    values = tl.reshape(tl.join(tl.join(p0, p2), tl.join(p1, p3)), (BLOCK, 4))
+    tl.store(out_ptr + target[:, None] + tl.arange(0, 4)[None, :], values)
+
+
+@triton.jit
+def _quantize_stream_kernel(
+    x_ptr, out_ptr, scale_ptr, row_size, MIN_SCALE: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, BLOCK)
+    mask = place < row_size
+    x = tl.load(x_ptr + row * row_size + stream_source(place), mask=mask, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(x), 0) / 448.0, MIN_SCALE)
+    tl.store(scale_ptr + row, scale)
+    tl.store(out_ptr + row * row_size + place, to_fp8(x, scale), mask=mask)
+
+
+def repack_nvfp4_(packed: torch.Tensor, block_scale: torch.Tensor, gated: bool) -> None:
+    """Reorder u8 [E, N, K/2] and e4m3 [E, N, K/16] in place; ``gated``: rows are gate rows, then up rows."""
+    num_rows, num_blocks = block_scale.shape[-2:]
+    for words, scales in zip(packed.view(torch.int64), block_scale.view(torch.uint8), strict=True):
+        new_words, new_scales = torch.empty_like(words), torch.empty_like(scales)
+        _repack_kernel[(num_rows * num_blocks // _WORDS,)](
+            words,
+            scales,
+            new_words,
+            new_scales,
+            num_rows,
+            num_blocks,
+            GATED=gated,
+            WORDS=_WORDS,
+            num_warps=8,
+        )
+        words.copy_(new_words)
+        scales.copy_(new_scales)
+
+
+def unpack_to_fp8(packed: torch.Tensor, block_scale: torch.Tensor, gated: bool) -> torch.Tensor:
+    """Repacked weights as e4m3 [E, N, K] in the checkpoint's order, of ``value · scale · 2**-FP8_SHIFT``."""
+    num_matrices, num_rows, num_blocks = block_scale.shape
+    out = torch.empty((num_matrices, num_rows, num_blocks * 4), dtype=torch.int32, device=packed.device)
+    block = 1024
+    _unpack_kernel[(block_scale.numel() // block,)](
+        packed.view(torch.int64),
+        block_scale.view(torch.uint8),
+        out,
+        num_rows,
+        num_blocks,
+        GATED=gated,
+        ASM=not interpreted(),
+        BLOCK=block,
+        WORDS=_WORDS,
+        num_warps=4,
+    )
+    return out.view(torch.float8_e4m3fn)
+
+
+def quantize_stream(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x[R, K]`` to e4m3 with a scale a row f32 [R], columns in stream order, spare rows behind."""
+    num_rows, row_size = x.shape
+    out = torch.empty((num_rows + ROW_PADDING, row_size), dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    block = power_of_two_at_least(row_size, 128)
+    _quantize_stream_kernel[(num_rows,)](
+        x, out, scale, row_size, MIN_SCALE=MIN_ROW_SCALE, BLOCK=block, num_warps=8
+    )
+    return out, scale
+
+
+AOT_SPECS = [
+    (
+        _repack_kernel,
+        {
+            "w_ptr": "*i64",
+            "s_ptr": "*u8",
+            "w_out_ptr": "*i64",
+            "s_out_ptr": "*u8",
+            "num_rows": "i32",
+            "num_blocks": "i32",
+        },
+        {"GATED": True, "WORDS": _WORDS},
+        {"num_warps": 8},
+    ),
+    (
+        _unpack_kernel,
+        {"w_ptr": "*i64", "s_ptr": "*u8", "out_ptr": "*i32", "num_rows": "i32", "num_blocks": "i32"},
+        {"GATED": True, "ASM": True, "BLOCK": 1024, "WORDS": _WORDS},
+    ),
+    (
+        _quantize_stream_kernel,
+        {"x_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "row_size": "i32"},
+        {"MIN_SCALE": MIN_ROW_SCALE, "BLOCK": 8192},
+        {"num_warps": 8},
+    ),
+]

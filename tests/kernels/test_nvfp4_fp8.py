@@ -1,0 +1,96 @@
+"""NVFP4 on GPUs without FP4 tensor cores: dense weights as FP8 rows, experts reordered and decoded to FP8."""
+
+from __future__ import annotations
+
+import exact_casts  # noqa: F401
+import pytest
+import torch
+from test_nvfp4 import DEVICE, GPU, WIDE, decode_slowly, error, random_weights
+
+from outrider.kernels import moe, nvfp4
+from outrider.kernels.moe_nvfp4 import moe_nvfp4_repacked
+from outrider.kernels.nvfp4_repack import can_repack, quantize_stream, repack_nvfp4_, unpack_to_fp8
+from outrider.kernels.nvfp4_stream import StreamTile
+
+ONE = torch.tensor(1.0, device=DEVICE)
+
+
+def repacked(packed: torch.Tensor, scale: torch.Tensor, gated: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    packed, scale = packed.clone(), scale.clone()
+    repack_nvfp4_(packed, scale, gated)
+    return packed, scale
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_reordered_weights_are_rounded_once_to_nearest_even(gated):
+    """Guards: any slip of a code, a sign, a scale or a row, and 1.5 x a scale rounded the wrong way."""
+    packed, scale, _ = random_weights(2, 128, 1024)
+    exact = decode_slowly(packed, scale, ONE).float()
+    decoded = unpack_to_fp8(*repacked(packed, scale, gated), gated)
+    assert torch.equal(decoded.float(), (exact / 8).to(torch.float8_e4m3fn).float())
+
+
+def test_blocks_with_tiny_scales_keep_their_values():
+    """Guards: scale codes that wrap around below 1/4; the error is then at most half a step of scale 1/4."""
+    packed, _, _ = random_weights(1, 64, 512)
+    scale = torch.exp2(torch.rand(1, 64, 32, device=DEVICE) * 17.5 - 9).to(torch.float8_e4m3fn)
+    scale[0, 0, :4] = 0.0
+    exact = decode_slowly(packed, scale, ONE)
+    decoded = unpack_to_fp8(*repacked(packed, scale, False), False).double() * 8
+    assert ((decoded - exact).abs() <= exact.abs() / 16 + 0.25).all()
+    assert (decoded[0, 0, :64] == 0).all()
+    small = (scale.float() < 0.25).repeat_interleave(16, dim=-1) & (exact.abs() < 0.5)
+    assert ((decoded - exact).abs()[small] <= 0.0625 + 2.0**-7).all()
+
+
+def test_activations_follow_the_order_of_the_weights():
+    """Guards: a lane that multiplies a weight with its neighbour's activation.
+
+    A lane of a quad holds blocks 4 lane ... 4 lane + 3 of a half chunk, and four neighbours in a register.
+    """
+    x = torch.zeros(1, 1024, device=DEVICE, dtype=WIDE)
+    places = []
+    for feature in (0, 5, 17, 64, 255, 256, 700):
+        x.zero_()
+        x[0, feature] = 1.0
+        codes, _ = quantize_stream(x)
+        places.append(int(codes[0].float().argmax()))
+    assert places == [
+        512 * (f // 512)
+        + 32 * (4 * (f // 16 % 4) + f // 4 % 4)
+        + f % 512 // 256 * 16
+        + f // 64 % 4 * 4
+        + f % 4
+        for f in (0, 5, 17, 64, 255, 256, 700)
+    ]
+
+
+def test_dense_rows_are_nearer_than_four_bit_activations():
+    """Guards: row scales of another part, and noise beyond two e4m3 roundings."""
+    packed, scale, _ = random_weights(48, 1024)
+    global_scale = torch.cat([torch.full((16,), 0.003), torch.full((32,), 0.001)]).to(DEVICE)
+    x = torch.randn(6, 1024, device=DEVICE, dtype=WIDE)
+    out = nvfp4.fp8_rows_linear(x, *nvfp4.nvfp4_to_fp8_rows(packed, scale, global_scale))
+    exact = x.double() @ (decode_slowly(packed, scale, ONE) * global_scale.double()[:, None]).T
+    assert error(out, exact) < 0.05
+
+
+def test_which_matrices_divide_into_tiles():
+    """Guards: a tensor-parallel shard that the tiles would cut."""
+    assert can_repack(16384, 5120, gated=True) and can_repack(5120, 8192, gated=False)
+    assert not can_repack(64, 512, gated=True) and not can_repack(64, 768, gated=False)
+
+
+@pytest.mark.skipif(not GPU, reason="Gluon kernels have no interpreter; benchmarks check them too")
+@pytest.mark.parametrize("tokens", [1, 37, 300, 2000])
+@pytest.mark.parametrize("tiles", [None, (StreamTile(32, 4, 3), StreamTile(16, 8, 3, split_k=2))])
+@pytest.mark.parametrize("expert_range", [None, (2, 4)])
+def test_experts_streamed_as_fp8(tokens, tiles, expert_range):
+    """Guards: ragged groups, rows of other ranks, split depth, gate and up mixed up."""
+    up, down = random_weights(4, 1024, 1024), random_weights(4, 1024, 512)
+    x = torch.randn(tokens, 1024, device=DEVICE, dtype=torch.bfloat16) * 0.03
+    ids, scores = moe.route(torch.randn(tokens, 4 if expert_range is None else 8, device=DEVICE), 1)
+    exact = moe.moe_nvfp4_reference(x, ids, scores, *up, *down, expert_range)
+    weights = (*repacked(*up[:2], True), up[2], *repacked(*down[:2], False), down[2])
+    out = moe_nvfp4_repacked(x, ids, scores, *weights, expert_range, tiles)
+    assert error(out, exact.double()) < 0.09
