@@ -108,7 +108,7 @@ class EngineConfig(_Checked):
     )
     max_num_seqs: int | None = option(
         None,
-        "Most sequences running at once (default 512 on a GPU, 64 on a CPU)",
+        "Most sequences running at once (default 512 on a GPU, 256 on a CPU)",
         group="Scheduler",
         min=1,
         max=65_536,

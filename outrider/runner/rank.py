@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from outrider.config import EngineConfig
+from outrider.kernels.invariant import make_invariant
 from outrider.kv_layout import KVLayout
 from outrider.models.config import ModelConfig
 from outrider.models.config_hf import check_quantization, load_model_config
@@ -32,7 +33,8 @@ from outrider.runner.resolve import Resolved, resolve
 from outrider.runner.warmup import measure_activations, warm_up
 
 GIB = 1 << 30
-CPU_KV_BYTES = 2 * GIB
+CPU_KV_BYTES = 8 * GIB
+"""At most this, and a quarter of the memory; pages that hold no token yet are not resident."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 GRAPH_RESERVE_BYTES = GIB
 """Kept free for CUDA graphs and the allocator's rounding."""
@@ -80,6 +82,8 @@ def load_rank(
         usable_bytes=_usable_bytes(config, resolved),
     )
     clock.mark("device")
+    if config.deterministic:
+        make_invariant()
     model = load_model(
         model_config,
         config.model,
@@ -91,6 +95,8 @@ def load_rank(
         language_model_only=config.language_model_only,
         progress=progress,
     )
+    if resolved.device.type == "cuda":
+        torch.cuda.empty_cache()  # what a load converted leaves holes behind
     clock.mark("weights")
     budget = _kv_budget(config, model_config, resolved, model)
     clock.mark("memory probe")
@@ -119,7 +125,7 @@ def _kv_budget(config: EngineConfig, model_config: ModelConfig, resolved: Resolv
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
     if resolved.device.type == "cpu":
-        return CPU_KV_BYTES
+        return min(CPU_KV_BYTES, _usable_bytes(config, resolved) // 4)
     peak = measure_activations(model, model_config, resolved)
     return _usable_bytes(config, resolved) - peak
 
