@@ -16,6 +16,7 @@ from outrider.models.config import ModelConfig
 from outrider.models.layers import GatedMLP
 from outrider.quant.base import WeightBuilder
 from outrider.quant.experts import ExpertShape, build_experts
+from outrider.quant.few_rows import few_rows_moe
 
 
 class MoE:
@@ -33,6 +34,9 @@ class MoE:
         shape = ExpertShape(config.num_experts, experts, hidden, inter, columns)
         self.experts = build_experts(builder, f"{name}.experts", shape)
         self.shared = GatedMLP(builder, f"{name}.shared_expert", hidden, inter)
+        self.few_rows = few_rows_moe(
+            self.router, self.top_k, self.experts, self.shared.gate_up, self.shared.down
+        )
 
     @property
     def input_scale(self) -> torch.Tensor | None:
@@ -41,5 +45,7 @@ class MoE:
 
     def __call__(self, x: Normed) -> torch.Tensor:
         """``[T, M]``: this rank's share of the output."""
+        if self.few_rows is not None and self.few_rows.takes(x.y):
+            return self.few_rows(x.y)
         expert_ids, scores = route(linear(x.y, self.router), self.top_k)
         return self.shared(x).add_(self.experts(x.y, expert_ids, scores))

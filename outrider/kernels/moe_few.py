@@ -1,0 +1,207 @@
+"""A whole MoE layer for a few tokens, in three launches: route, gate and up, down; FP8 weights, one expert a token.
+
+Called by ``quant.few_rows`` for steps of at most ``FEW_ROWS`` tokens, where every launch and every half-empty wave
+counts. All rows fit one tile, so nothing is sorted: each chosen expert multiplies all rows and keeps its own. The
+shared expert is one more expert of the same launches. Larger steps take ``moe`` and the dense linears instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from outrider.kernels._dispatch import arrival_counters, ceil_div, on_gpu, power_of_two_at_least
+from outrider.kernels.activation import silu_mul_reference
+from outrider.kernels.gemm import fp8_linear_reference
+from outrider.kernels.moe import moe_fp8_reference, route_reference
+from outrider.kernels.moe_few_kernels import (
+    FEW_ROWS,
+    FEW_TILES,
+    _few_down_kernel,
+    _few_gate_up_kernel,
+    _route_rows_kernel,
+)
+from outrider.kernels.moe_gemm import TRITON_DTYPES, Tile
+from outrider.kernels.quantize import quantize_fp8_reference
+
+
+class ExpertWeights(NamedTuple):
+    """The routed experts, as ``moe_fp8`` takes them; ``expert_range`` = (first, count) held here."""
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    w13_scale: torch.Tensor
+    w2_scale: torch.Tensor
+    a13_scale: torch.Tensor
+    a2_scale: torch.Tensor
+    expert_range: tuple[int, int]
+
+
+class SharedWeights(NamedTuple):
+    """The shared expert: two FP8 linears, ``gate_up`` e4m3 [2I, M] and ``down`` e4m3 [M, I], with their scales."""
+
+    gate_up: torch.Tensor
+    gate_up_scale: torch.Tensor
+    input_scale: torch.Tensor
+    down: torch.Tensor
+    down_scale: torch.Tensor
+    down_input_scale: torch.Tensor
+
+
+def moe_few(
+    x: torch.Tensor, router: torch.Tensor, experts: ExpertWeights, shared: SharedWeights
+) -> torch.Tensor:
+    """``shared(x) + expert(sigmoid(logit) · x)`` of ``x[T, M]``, T at most ``FEW_ROWS``; ``router`` [E, M]."""
+    op = moe_few_triton if on_gpu(x) else moe_few_reference
+    return op(x, router, experts, shared)
+
+
+def moe_few_reference(
+    x: torch.Tensor, router: torch.Tensor, experts: ExpertWeights, shared: SharedWeights
+) -> torch.Tensor:
+    """The contract of ``moe_few``, composed of the references of the ops that it replaces."""
+    expert_ids, scores = route_reference(F.linear(x, router), 1)
+    routed = moe_fp8_reference(x, expert_ids, scores, *experts)
+    codes = quantize_fp8_reference(x, shared.input_scale)
+    gate_up = fp8_linear_reference(codes, shared.gate_up, shared.input_scale, shared.gate_up_scale, x.dtype)
+    codes = silu_mul_reference(gate_up, shared.down_input_scale)
+    return (
+        fp8_linear_reference(codes, shared.down, shared.down_input_scale, shared.down_scale, x.dtype) + routed
+    )
+
+
+@dataclass(frozen=True)
+class _FewRows:
+    """Rows to multiply: ``x`` e4m3 [2 · FEW_ROWS, M], scaled rows first; local expert of each token, or -1."""
+
+    x: torch.Tensor
+    expert_ids: torch.Tensor
+
+
+def route_rows_triton(
+    x: torch.Tensor, router: torch.Tensor, experts: ExpertWeights, shared: SharedWeights
+) -> _FewRows:
+    """Route ``x[T, M]`` by ``router[E, M]`` and quantise the rows for both kinds of expert."""
+    num_tokens, size = x.shape
+    rows = torch.empty((2 * FEW_ROWS, size), dtype=torch.float8_e4m3fn, device=x.device)
+    expert_ids = torch.empty(num_tokens, dtype=torch.int32, device=x.device)
+    _route_rows_kernel[(num_tokens,)](
+        x.contiguous(),
+        router,
+        experts.a13_scale,
+        shared.input_scale,
+        rows,
+        expert_ids,
+        router.shape[0],
+        *experts.expert_range,
+        SIZE=size,
+        ROWS=FEW_ROWS,
+        BINS=power_of_two_at_least(router.shape[0], 16),
+        STEP=max(128, 16384 // power_of_two_at_least(router.shape[0], 16)),
+        BLOCK=power_of_two_at_least(size, 128),
+        num_warps=16,
+    )
+    return _FewRows(rows, expert_ids)
+
+
+def moe_few_triton(
+    x: torch.Tensor,
+    router: torch.Tensor,
+    experts: ExpertWeights,
+    shared: SharedWeights,
+    tiles: tuple[Tile, Tile] | None = None,
+) -> torch.Tensor:
+    """``moe_few`` as three Triton launches; ``tiles`` overrides the table."""
+    num_tokens = x.shape[0]
+    up_tile, down_tile = tiles or next((up, down) for most, up, down in FEW_TILES if num_tokens <= most)
+    rows = route_rows_triton(x, router, experts, shared)
+    hidden, shared_hidden = few_gate_up_triton(rows, experts, shared, x, up_tile)
+    return few_down_triton(rows, hidden, shared_hidden, experts, shared, x, down_tile)
+
+
+def few_gate_up_triton(
+    rows: _FewRows, experts: ExpertWeights, shared: SharedWeights, x: torch.Tensor, tile: Tile
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantised SwiGLU rows ``[FEW_ROWS, I]`` of the chosen experts and of the shared expert."""
+    num_tokens, depth = x.shape
+    num_local, double_inter, _ = experts.w13.shape
+    inter, shared_inter = double_inter // 2, shared.gate_up.shape[0] // 2
+    hidden = rows.x.new_empty((FEW_ROWS, inter))
+    shared_hidden = rows.x.new_empty((FEW_ROWS, shared_inter))
+    weight_block = [tile.outputs, tile.depth]
+    most_chosen = min(num_tokens, num_local)
+    programs = ceil_div(shared_inter, tile.outputs) + most_chosen * ceil_div(inter, tile.outputs)
+    _few_gate_up_kernel[(programs,)](
+        TensorDescriptor.from_tensor(rows.x, [FEW_ROWS, tile.depth]),
+        TensorDescriptor.from_tensor(experts.w13.view(-1, depth), weight_block),
+        TensorDescriptor.from_tensor(shared.gate_up, weight_block),
+        hidden,
+        shared_hidden,
+        rows.expert_ids,
+        experts.a13_scale,
+        experts.w13_scale,
+        experts.a2_scale,
+        shared.input_scale,
+        shared.gate_up_scale,
+        shared.down_input_scale,
+        num_tokens,
+        inter,
+        shared_inter,
+        depth,
+        MODEL_DTYPE=TRITON_DTYPES[x.dtype],
+        ROWS=FEW_ROWS,
+        OUTPUTS=tile.outputs,
+        DEPTH=tile.depth,
+        BINS=power_of_two_at_least(num_local, 16),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return hidden, shared_hidden
+
+
+def few_down_triton(
+    rows: _FewRows,
+    hidden: torch.Tensor,
+    shared_hidden: torch.Tensor,
+    experts: ExpertWeights,
+    shared: SharedWeights,
+    x: torch.Tensor,
+    tile: Tile,
+) -> torch.Tensor:
+    """``[T, M]``: the second products of both kinds of expert, added."""
+    num_tokens, size = x.shape
+    num_local = experts.w2.shape[0]
+    out = torch.empty_like(x)
+    partial = torch.empty((2, tile.split_k, FEW_ROWS, size), dtype=torch.float32, device=x.device)
+    row_block, weight_block = [FEW_ROWS, tile.depth], [tile.outputs, tile.depth]
+    programs = (1 + min(num_tokens, num_local)) * ceil_div(size, tile.outputs) * tile.split_k
+    _few_down_kernel[(programs,)](
+        TensorDescriptor.from_tensor(hidden, row_block),
+        TensorDescriptor.from_tensor(shared_hidden, row_block),
+        TensorDescriptor.from_tensor(experts.w2.view(-1, hidden.shape[1]), weight_block),
+        TensorDescriptor.from_tensor(shared.down, weight_block),
+        out,
+        partial,
+        arrival_counters(x.device),
+        rows.expert_ids,
+        experts.a2_scale,
+        experts.w2_scale,
+        shared.down_input_scale,
+        shared.down_scale,
+        num_tokens,
+        size,
+        hidden.shape[1],
+        shared_hidden.shape[1],
+        SPLIT_K=tile.split_k,
+        ROWS=FEW_ROWS,
+        OUTPUTS=tile.outputs,
+        DEPTH=tile.depth,
+        BINS=power_of_two_at_least(num_local, 16),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out

@@ -1,0 +1,57 @@
+"""The MoE layer for few tokens against the ops it replaces."""
+
+from __future__ import annotations
+
+import exact_casts  # noqa: F401
+import pytest
+import torch
+
+from outrider.kernels import moe_few
+from outrider.kernels.moe_gemm import Tile
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+WIDE = torch.bfloat16 if GPU else torch.float32
+
+
+def make_layer(experts, expert_range, hidden, inter, shared_inter):
+    """Random weights; every expert, output and operand has a scale of its own."""
+
+    def codes(*shape):
+        return torch.randn(shape, device=DEVICE).to(torch.float8_e4m3fn)
+
+    def scales(*shape):
+        return torch.rand(shape, device=DEVICE) * 0.1 + 0.05
+
+    local = expert_range[1]
+    routed = moe_few.ExpertWeights(
+        codes(local, 2 * inter, hidden), codes(local, hidden, inter), scales(local), scales(local),
+        scales() / 4, scales() / 2, expert_range,
+    )  # fmt: skip
+    shared = moe_few.SharedWeights(
+        codes(2 * shared_inter, hidden), scales(2 * shared_inter), scales() / 3,
+        codes(hidden, shared_inter), scales(hidden), scales(),
+    )  # fmt: skip
+    return torch.randn(experts, hidden, device=DEVICE).to(WIDE), routed, shared
+
+
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        None,
+        (Tile(16, 64, 64, True, 2, 4), Tile(16, 64, 64, True, 2, 4, split_k=2)),
+        (Tile(16, 32, 64, True, 2, 4), Tile(16, 128, 64, True, 2, 4, split_k=3)),
+    ],
+)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "expert_range", "shared_inter"),
+    [(1, 5, (0, 5), 80), (16, 4, (0, 4), 80), (7, 20, (4, 9), 48), (3, 6, (5, 1), 160)],
+)
+def test_few_rows(tiles, tokens, experts, expert_range, shared_inter):
+    """Guards: rows of another expert or rank, a scale of the wrong expert or half, partial sums lost or added twice."""
+    router, routed, shared = make_layer(experts, expert_range, 96, 80, shared_inter)
+    for _ in range(2):  # the second call meets the counters as the first left them
+        x = torch.randn(tokens, 96, device=DEVICE).to(WIDE)
+        expected = moe_few.moe_few_reference(x, router, routed, shared).double()
+        out = moe_few.moe_few_triton(x, router, routed, shared, tiles).double()
+        assert float((out - expected).norm() / expected.norm()) < 0.02

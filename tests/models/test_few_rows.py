@@ -1,0 +1,28 @@
+"""The few-rows form of a MoE layer, wired to a loaded checkpoint, against the layer's separate operations."""
+
+from __future__ import annotations
+
+import torch
+
+from outrider.kernels.norm import Normed
+from outrider.models.moe import MoE
+from tests.models.references import References
+
+
+def test_few_rows_form_equals_the_layer(references: References) -> None:
+    """Guards the wiring: two scales exchanged, another expert's weights, scores or the shared expert left out."""
+    model = references.model("fp8", torch.float32)
+    layers = [layer.feed_forward for layer in model.layers if isinstance(layer.feed_forward, MoE)]
+    assert layers
+    for layer in layers:
+        x = torch.randn(9, model.config.hidden_size)
+        assert layer.few_rows is not None
+        expected = layer(Normed(x, None))
+        assert torch.allclose(layer.few_rows(x), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_only_fp8_layers_have_it(references: References) -> None:
+    """Guards: a layer of another format sent through FP8 kernels."""
+    for folder in ("bf16", "nvfp4"):
+        feed_forward = references.model(folder, torch.float32).layers[0].feed_forward
+        assert not isinstance(feed_forward, MoE) or feed_forward.few_rows is None
