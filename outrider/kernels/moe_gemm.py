@@ -151,6 +151,7 @@ def _down_kernel(
     FP8: tl.constexpr,
     X_SCALE_STRIDE: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -202,7 +203,11 @@ def _down_kernel(
                     acc = acc * (tl.load(x_scale_ptr) * tl.load(w_scale_ptr + expert))
             places = tl.load(index_ptr + rows, mask=rows < end, other=0)
             out_ptrs = out_ptr + places[:, None].to(tl.int64) * hidden + columns[None, :]
-            tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+            product = acc.to(out_ptr.dtype.element_ty)
+            if ACCUMULATE:
+                old = tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
+                product = (old + product.to(tl.float32)).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptrs, product, mask=mask)
 
 
 def gate_up_triton(
@@ -248,9 +253,14 @@ def gate_up_triton(
 
 
 def down_triton(
-    rows: SortedRows, w2: torch.Tensor, w2_scale: torch.Tensor | None, out: torch.Tensor, tile: Tile
+    rows: SortedRows,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor | None,
+    out: torch.Tensor,
+    tile: Tile,
+    accumulate: bool = False,
 ) -> None:
-    """``x · w2ᵀ`` of the grouped rows, written to row ``index[r]`` of ``out`` [tokens · k, M]."""
+    """``x · w2ᵀ`` of the grouped rows, written (or added) to row ``index[r]`` of ``out`` [tokens · k, M]."""
     num_experts, hidden, depth = w2.shape
     units = max_tiles(rows.num_rows, num_experts, tile.rows) * ceil_div(hidden, tile.outputs) * tile.split_k
     programs = _num_programs(units, tile, w2.device)
@@ -276,6 +286,7 @@ def down_triton(
         FP8=w2_scale is not None,
         X_SCALE_STRIDE=int(rows.scale is not None and rows.scale.numel() > 1),
         SPLIT_K=tile.split_k,
+        ACCUMULATE=accumulate,
         ROWS=tile.rows,
         OUTPUTS=tile.outputs,
         DEPTH=tile.depth,
@@ -327,7 +338,7 @@ def _aot_spec(kernel, fp8: bool, tile: Tile):
     else:
         signature |= {"partial_ptr": "*fp32", "arrivals_ptr": "*i32", "index_ptr": "*i32"}
         signature |= {"hidden": "i32", "num_rows": "i32"}
-        constants |= {"SPLIT_K": tile.split_k}
+        constants |= {"SPLIT_K": tile.split_k, "ACCUMULATE": fp8}
     return kernel, signature, constants, {"num_warps": tile.warps, "num_stages": tile.stages}
 
 

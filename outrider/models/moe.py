@@ -48,4 +48,4 @@ class MoE:
         if self.few_rows is not None and self.few_rows.takes(x.y):
             return self.few_rows(x.y)
         expert_ids, scores = route(linear(x.y, self.router), self.top_k)
-        return self.shared(x).add_(self.experts(x.y, expert_ids, scores))
+        return self.experts(x.y, expert_ids, scores, self.shared(x))

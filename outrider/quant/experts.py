@@ -41,8 +41,14 @@ class ExpertShape:
 class Experts(Protocol):
     """``y[T, M]``: the sum over a token's chosen experts held here; ``x[T, M]`` is scaled by the score inside."""
 
-    def __call__(self, x: torch.Tensor, expert_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """``expert_ids`` int32 and ``scores`` f32, both ``[T, k]``."""
+    def __call__(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        scores: torch.Tensor,
+        addend: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``expert_ids`` int32 and ``scores`` f32, both ``[T, k]``; ``addend[T, M]`` is added, perhaps in place."""
 
 
 def build_experts(builder: WeightBuilder, name: str, shape: ExpertShape) -> Experts:
@@ -153,9 +159,15 @@ class PlainExperts:
         self.expert_range = shape.experts
         weights.add_matrices("weight", self.w13, self.w2, pack=1)
 
-    def __call__(self, x: torch.Tensor, expert_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        scores: torch.Tensor,
+        addend: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See ``Experts``."""
-        return moe_bf16(x, expert_ids, scores, self.w13, self.w2, self.expert_range)
+        return moe_bf16(x, expert_ids, scores, self.w13, self.w2, self.expert_range, addend=addend)
 
 
 class Fp8Experts:
@@ -178,7 +190,13 @@ class Fp8Experts:
 
         builder.after_load.append(finish)
 
-    def __call__(self, x: torch.Tensor, expert_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        scores: torch.Tensor,
+        addend: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See ``Experts``."""
         w13_scale, w2_scale = self.weight_scales[0], self.weight_scales[1]
         a13_scale, a2_scale = self.input_scales[0], self.input_scales[1]
@@ -193,6 +211,7 @@ class Fp8Experts:
             a13_scale,
             a2_scale,
             self.expert_range,
+            addend=addend,
         )
 
 
@@ -232,15 +251,22 @@ class Nvfp4Experts:
         self.repacked = False
         builder.after_load.append(finish)
 
-    def __call__(self, x: torch.Tensor, expert_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        scores: torch.Tensor,
+        addend: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See ``Experts``."""
         op = moe_nvfp4_repacked if self.repacked else moe_nvfp4
-        return op(
+        out: torch.Tensor = op(
             x, expert_ids, scores,
             self.w13, self.w13_block_scale, self.scales[0],
             self.w2, self.w2_block_scale, self.scales[1],
             self.expert_range,
         )  # fmt: skip
+        return out if addend is None else addend.add_(out)
 
 
 _EXPERTS: dict[Format, type[PlainExperts] | type[Fp8Experts] | type[Nvfp4Experts]] = {

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from outrider.kernels.moe_few import FEW_ROWS, ExpertWeights, SharedWeights, moe_few
+from outrider.kernels.moe_few import ExpertWeights, SharedWeights, moe_few
+from outrider.kernels.moe_few_kernels import FEW_ROWS
 from outrider.quant.experts import Experts, Fp8Experts
 from outrider.quant.linear import Fp8Linear, Linear
 

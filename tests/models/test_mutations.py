@@ -92,16 +92,20 @@ def _second_best(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.
 
 
 def _score_on_output(
-    x: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor, *weights: torch.Tensor, **_: Any
+    x: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor, *weights: Any, addend: torch.Tensor
 ) -> torch.Tensor:
-    w13, w2, expert_range = weights
-    return scores * moe_ops.moe_bf16(x, ids, torch.ones_like(scores), w13, w2, expert_range)
+    return addend + scores * moe_ops.moe_bf16(x, ids, torch.ones_like(scores), *weights)
 
 
 def _up_first(
-    x: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, held: Any
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    scores: torch.Tensor,
+    w13: torch.Tensor,
+    *rest: Any,
+    addend: torch.Tensor,
 ) -> torch.Tensor:
-    return moe_ops.moe_bf16(x, ids, scores, torch.cat(w13.chunk(2, dim=1)[::-1], dim=1), w2, held)
+    return moe_ops.moe_bf16(x, ids, scores, torch.cat(w13.chunk(2, dim=1)[::-1], dim=1), *rest, addend)
 
 
 def _no_shared_expert(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,8 +189,10 @@ def _merged_scales(x: Any, w: Any, x_scale: Any, w_scale: torch.Tensor, dtype: t
     return linear_fp8(x, w, x_scale, w_scale.max().expand_as(w_scale), dtype)
 
 
-def _scale_after_quantising(x: torch.Tensor, ids: Any, scores: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return scores * moe_ops.moe_fp8(x, ids, torch.ones_like(scores), *rest)
+def _scale_after_quantising(
+    x: torch.Tensor, ids: Any, scores: torch.Tensor, *rest: Any, addend: torch.Tensor
+) -> torch.Tensor:
+    return addend + scores * moe_ops.moe_fp8(x, ids, torch.ones_like(scores), *rest)
 
 
 def _high_nibble_first(x: torch.Tensor, packed: torch.Tensor, *scales: torch.Tensor) -> torch.Tensor:
