@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from outrider.kernels._dispatch import on_gpu
 from outrider.kernels.attention_decode import decode_attention
 from outrider.kernels.attention_prefill import prefill_attention
+from outrider.kernels.invariant import attend_each, is_invariant
 from outrider.kernels.quantize import quantize_fp8_reference
 
 
@@ -72,6 +73,9 @@ def paged_attention_reference(
     lengths: list[int] = seq_lens.tolist()
     num_tokens, num_heads, head_dim = q.shape
     parts = []
+    if is_invariant():
+        parts = _each_alone(q, cache, block_tables, query_start.tolist(), lengths, sm_scale, chunk_size)
+        num_decodes, lengths = 0, []
     if num_decodes:
         tables, lens = block_tables[:num_decodes], lengths[:num_decodes]
         parts.append(_decode(q[:num_decodes], cache, tables, lens, sm_scale, chunk_size))
@@ -108,6 +112,27 @@ def _gather(
         return got.reshape(ids.shape[0], kv_heads, -1, head_dim)[:, :, : last - first]
 
     return read(k_cache, k_scale), read(v_cache, v_scale)
+
+
+def _each_alone(
+    q: torch.Tensor,
+    cache: _Cache,
+    tables: torch.Tensor,
+    starts: list[int],
+    lengths: list[int],
+    sm_scale: float,
+    chunk_size: int | None,
+) -> list[torch.Tensor]:
+    """``[n, H, D]`` of every sequence, with the bits that its tokens have in any other step."""
+    block_size = cache[0].shape[2]
+    parts = []
+    for s, length in enumerate(lengths):
+        rows = q[starts[s] : starts[s + 1]]
+        begin = length - rows.shape[0]
+        first = begin // chunk_size * chunk_size // block_size * block_size if chunk_size else 0
+        k, v = _gather(cache, tables[s : s + 1], first, length, q.dtype)
+        parts.append(attend_each(rows, k, v, first, chunk_size, sm_scale))
+    return parts
 
 
 def _decode(

@@ -41,13 +41,15 @@ def resolve(config: EngineConfig, model: ModelConfig) -> Resolved:
         raise ConfigError("--device cuda was asked for, but torch sees no CUDA device; use --device cpu.")
     device = torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
     on_gpu = device.type == "cuda"
+    if config.deterministic and on_gpu:
+        raise ConfigError("--deterministic works on a CPU only; drop it, or add --device cpu.")
     dtype = _dtype(config, model, on_gpu)
     max_model_len = config.max_model_len or model.max_position_embeddings
     if max_model_len > model.max_position_embeddings:
         raise ConfigError(
             f"--max-model-len {max_model_len} is more than the model's {model.max_position_embeddings} positions."
         )
-    max_num_seqs = config.max_num_seqs or (512 if on_gpu else 64)
+    max_num_seqs = config.max_num_seqs or (512 if on_gpu else 256)
     budget = config.max_num_batched_tokens or (8192 if on_gpu else 512)
     if budget < max_num_seqs:
         raise ConfigError(

@@ -245,7 +245,7 @@ class Generation:
     async def _merged(self) -> AsyncIterator[list[tuple[Choice, TokenEvent]]]:
         """Events of all streams as they come; those that arrive while the consumer is busy come together."""
         inbox: list[tuple[Choice, TokenEvent]] = []
-        wake = asyncio.Event()
+        wake, taken = asyncio.Event(), asyncio.Event()
 
         async def pump(choice: Choice, stream: AsyncIterator[TokenEvent]) -> None:
             try:
@@ -254,6 +254,11 @@ class Generation:
                         return
                     inbox.append((choice, event))
                     wake.set()
+                    while len(inbox) >= len(
+                        tasks
+                    ):  # what nobody reads stays in the streams, which are bounded
+                        taken.clear()
+                        await taken.wait()
             finally:
                 wake.set()
 
@@ -267,6 +272,7 @@ class Generation:
                 wake.clear()
                 if inbox:
                     batch, inbox[:] = inbox[:], []
+                    taken.set()
                     yield batch
                 if all(choice.finished for choice in self.choices):
                     return

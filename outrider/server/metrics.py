@@ -190,7 +190,11 @@ class _EngineCollector(Collector):
             counter.add_metric(self._labels, value)
             yield counter
         for name, text, value in (
-            ("engine_stalled", "Times that the engine did not move while it had work.", self._engine.num_stalls),
+            (
+                "engine_stalled",
+                "Times that the engine did not move while it had work.",
+                self._engine.num_stalls,
+            ),
             ("engine_restarts", "Times that the engine was started again.", self._engine.num_restarts),
         ):
             counter = CounterMetricFamily(name, text, labels=_LABELS)

@@ -1,0 +1,76 @@
+"""Products and attention whose bits for a token do not depend on what else is in the step: ``--deterministic``.
+
+On while ``torch.use_deterministic_algorithms`` is on (the rank's start decides, once); CPU only. The libraries behind
+a product choose kernels by the number of rows, so here every product has ``ROWS`` of them: more are cut, fewer are
+padded. Attention takes every query by itself, over exactly the keys it sees, as if each token were a decode;
+so chunk borders, prefix hits and preemption change nothing either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+ROWS = 16
+"""Rows of every product: decode pays for up to 15 unused ones, a long prefill for smaller products."""
+
+_LINEARS = (F.linear, torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._linear_pointwise.default)
+
+
+def make_invariant() -> None:
+    """Turn it on for the calling thread's steps, for the life of the process."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    InvariantProducts().__enter__()
+
+
+def is_invariant() -> bool:
+    """Whether this process computes each token as if it were alone."""
+    return torch.are_deterministic_algorithms_enabled()
+
+
+class InvariantProducts(TorchFunctionMode):
+    """While entered, every linear product on the host is made of blocks of ``ROWS`` rows."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Cut up linear products; everything else is left as it is."""
+        if func in _LINEARS:
+            return _in_blocks(func, args[0], args[1:], kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+def _in_blocks(
+    func: Callable[..., torch.Tensor], x: torch.Tensor, rest: Sequence[Any], kwargs: dict[str, Any]
+) -> torch.Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    missing = -len(rows) % ROWS
+    if missing:
+        rows = torch.cat([rows, rows.new_zeros((missing, rows.shape[1]))])
+    parts = [func(rows[i : i + ROWS].contiguous(), *rest, **kwargs) for i in range(0, len(rows), ROWS)]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return y[: len(rows) - missing].reshape(*x.shape[:-1], y.shape[-1])
+
+
+def attend_each(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int, chunk_size: int | None, sm_scale: float
+) -> torch.Tensor:
+    """``[n, H, D]`` for the last n tokens of one sequence, each over the keys it sees.
+
+    ``q [n, H, D]``; ``k``, ``v`` ``[1, K, L, D]`` hold positions ``first`` to the sequence's last.
+    """
+    num_queries, num_heads, head_dim = q.shape
+    kv_heads, num_keys = k.shape[1], k.shape[2]
+    rows = q.reshape(num_queries, 1, kv_heads, num_heads // kv_heads, head_dim)
+    out = torch.empty_like(rows)
+    for i in range(num_queries):
+        position = first + num_keys - num_queries + i
+        begin = position // chunk_size * chunk_size if chunk_size else 0
+        seen = slice(begin - first, position + 1 - first)
+        out[i] = F.scaled_dot_product_attention(rows[i], k[:, :, seen], v[:, :, seen], scale=sm_scale)
+    return out.reshape(num_queries, num_heads, head_dim)
