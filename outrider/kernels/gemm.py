@@ -6,6 +6,7 @@ the weights with their rows on the tensor core's M side. Many rows: cuBLASLt thr
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -57,14 +58,15 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def fp8_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
-    x_scale: torch.Tensor,
+    x_scale: torch.Tensor | None,
     w_scale: torch.Tensor,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """``(x · weightᵀ) · x_scale · w_scale -> [T, N]`` with a float32 accumulator.
 
-    ``x`` e4m3 [T, K], ``weight`` e4m3 [N, K]; ``x_scale`` f32 of one element or [T] (a scale a row);
-    ``w_scale`` f32 [N], one value an output, which keeps fused shards with different scales exact.
+    ``x`` e4m3 [T, K], ``weight`` e4m3 [N, K]; ``x_scale`` f32 of one element or [T] (a scale a row), or None where
+    ``w_scale`` holds it too; ``w_scale`` f32 [N], one value an output, which keeps fused shards with different
+    scales exact.
     """
     if not on_gpu(x):
         return fp8_linear_reference(x, weight, x_scale, w_scale, out_dtype)
@@ -77,24 +79,28 @@ def fp8_linear(
 def fp8_linear_reference(
     x: torch.Tensor,
     weight: torch.Tensor,
-    x_scale: torch.Tensor,
+    x_scale: torch.Tensor | None,
     w_scale: torch.Tensor,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """Plain-torch ``fp8_linear``: the product in float32, scaled afterwards."""
     product = F.linear(x.float(), weight.float())
-    return (product * (x_scale.reshape(-1, 1) * w_scale)).to(out_dtype)
+    scale = w_scale if x_scale is None else x_scale.reshape(-1, 1) * w_scale
+    return (product * scale).to(out_dtype)
 
 
 def fp8_linear_cublas(
     x: torch.Tensor,
     weight: torch.Tensor,
-    x_scale: torch.Tensor,
+    x_scale: torch.Tensor | None,
     w_scale: torch.Tensor,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """``fp8_linear`` through torch's scaled product with a scale a row and a scale a column (bf16 out only)."""
-    row_scale = x_scale.reshape(-1, 1).expand(x.shape[0], 1).contiguous()
+    if x_scale is None:
+        row_scale = _ones(power_of_two_at_least(x.shape[0], 1024), x.device)[: x.shape[0]]
+    else:
+        row_scale = x_scale.reshape(-1, 1).expand(x.shape[0], 1).contiguous()
     out = torch._scaled_mm(
         x,
         weight.t(),
@@ -104,6 +110,12 @@ def fp8_linear_cublas(
         use_fast_accum=True,
     )
     return out.to(out_dtype)
+
+
+@functools.cache
+def _ones(rows: int, device: torch.device) -> torch.Tensor:
+    """The scales ``[rows, 1]`` of rows that need none; kept, because filling them is a launch."""
+    return torch.ones((rows, 1), dtype=torch.float32, device=device)
 
 
 @triton.jit(do_not_specialize=("num_rows",))
@@ -119,7 +131,7 @@ def _skinny_kernel(
     num_outputs,
     depth,
     FP8: tl.constexpr,
-    X_SCALE_STRIDE: tl.constexpr,
+    X_SCALES: tl.constexpr,
     SPLIT_K: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
@@ -156,9 +168,9 @@ def _skinny_kernel(
     if is_last:
         if FP8:
             acc = acc * tl.load(w_scale_ptr + outputs, mask=outputs < num_outputs, other=0.0)[:, None]
-            if X_SCALE_STRIDE:
+            if X_SCALES == 2:  # one a row
                 acc = acc * tl.load(x_scale_ptr + rows, mask=rows < num_rows, other=0.0)[None, :]
-            else:
+            elif X_SCALES == 1:
                 acc = acc * tl.load(x_scale_ptr)
         tl.store(out_ptr + slots, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -196,7 +208,7 @@ def skinny_triton(
         num_outputs,
         depth,
         FP8=w_scale is not None,
-        X_SCALE_STRIDE=int(x_scale is not None and x_scale.numel() > 1),
+        X_SCALES=0 if x_scale is None else 1 + (x_scale.numel() > 1),
         SPLIT_K=split_k,
         ROWS=rows,
         OUTPUTS=tile.outputs,
@@ -239,7 +251,7 @@ def _aot_spec(fp8: bool, rows: int, split_k: int, tile: SkinnyTile):
     }
     constants = {
         "FP8": fp8,
-        "X_SCALE_STRIDE": 0,
+        "X_SCALES": int(fp8),
         "SPLIT_K": split_k,
         "ROWS": rows,
         "OUTPUTS": tile.outputs,

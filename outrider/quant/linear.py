@@ -92,6 +92,7 @@ class Fp8Linear:
         self.out_dtype = builder.dtype
         self.weight = builder.empty(_num_rows(parts), cols.length, dtype=torch.float8_e4m3fn)
         self.weight_scale = builder.empty(_num_rows(parts), dtype=torch.float32)
+        self.product_scale = builder.empty(_num_rows(parts), dtype=torch.float32)
         self.scale = self.input_scale = builder.empty(dtype=torch.float32)
         self.bias = _add_bias(builder, parts, cols) if bias else None
         _add_matrix(builder, "weight", parts, self.weight, cols, pack=1)
@@ -103,6 +104,7 @@ class Fp8Linear:
                 out.copy_(scale)
             # The parts see one input, so the exporter gives them one scale; the largest never saturates.
             self.scale.copy_(input_scales.max())
+            torch.mul(self.weight_scale, self.scale, out=self.product_scale)
 
         builder.after_load.append(finish)
 
@@ -110,7 +112,7 @@ class Fp8Linear:
         """See ``Linear``."""
         if x.dtype != torch.float8_e4m3fn:
             x = quantize_fp8(x, self.scale)
-        y = fp8_linear(x, self.weight, self.scale, self.weight_scale, self.out_dtype)
+        y = fp8_linear(x, self.weight, None, self.product_scale, self.out_dtype)
         return y if self.bias is None else y + self.bias
 
 

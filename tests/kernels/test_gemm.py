@@ -38,14 +38,18 @@ def many_parts(*args):
 
 
 @pytest.mark.parametrize("op", [gemm.fp8_linear_reference, one_part, many_parts])
-@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("per_row", [False, True, None])
 @pytest.mark.parametrize(("rows", "outputs", "depth"), [(1, 70, 272), (7, 64, 64), (33, 130, 304)])
 def test_fp8_product(op, per_row, rows, outputs, depth):
     """Guards: scales on the wrong side, ragged tiles, a split that drops or doubles part of the depth."""
     x, weight = e4m3(rows, depth), e4m3(outputs, depth)
     x_scale = torch.rand(rows if per_row else (), device=DEVICE) + 0.1
     w_scale = torch.rand(outputs, device=DEVICE) + 0.1
-    exact = x.double() @ weight.double().T * x_scale.double().reshape(-1, 1) * w_scale.double()
+    if per_row is None:  # the scale of x is part of the weight's
+        x_scale = None
+    exact = x.double() @ weight.double().T * w_scale.double()
+    if x_scale is not None:
+        exact *= x_scale.double().reshape(-1, 1)
     out = op(x, weight, x_scale, w_scale, torch.float32)
     assert out.shape == (rows, outputs)
     assert error(out, exact) < (2e-3 if GPU else 1e-5)
@@ -71,13 +75,15 @@ def test_split_parts_leave_their_counters_at_zero():
 
 
 @pytest.mark.skipif(not GPU, reason="cuBLASLt needs a GPU")
-@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("per_row", [False, True, None])
 def test_cublas_product(per_row):
     """Guards: cuBLASLt's layout and scale conventions."""
     x, weight = e4m3(130, 256), e4m3(384, 256)
     x_scale = torch.rand(130 if per_row else (), device=DEVICE) + 0.1
     w_scale = torch.rand(384, device=DEVICE) + 0.1
     exact = x.double() @ weight.double().T * x_scale.double().reshape(-1, 1) * w_scale.double()
+    if per_row is None:
+        exact, x_scale = exact / x_scale.double(), None
     assert error(gemm.fp8_linear_cublas(x, weight, x_scale, w_scale, torch.bfloat16), exact) < 5e-3
 
 
