@@ -2,6 +2,7 @@
 #
 #   make serve    answer on http://localhost:8000 (arguments: make serve ARGS="MODEL --port 8080")
 #   make test     lint, types and tests: what CI runs
+#   make test-all the same with the slow tests: what each of them checks, a shorter test of `make test` checks too
 #   make check    lint and types alone        make format   rewrite the sources in the house style
 #
 # Variables: PYTHON (3.11 or newer), VENV, and TORCH, what pip installs first. The default is the build that the
@@ -16,13 +17,16 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 
-.PHONY: serve test check format clean
+.PHONY: serve test test-all check format clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.run-stamp
 	$(BIN)/outrider serve $(ARGS)
 
 test: check
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: check
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(VENV)/.dev-stamp

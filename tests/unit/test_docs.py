@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import outrider
+from outrider.cli.docs import with_tree
 from outrider.cli.help import flags_document
 from outrider.cli.options import all_options
 
@@ -40,5 +42,47 @@ def test_contributing_names_things_that_exist() -> None:
     for path in re.findall(r"`((?:outrider|tests|docs|benchmarks)/[\w./]+)`", text):
         assert (ROOT / path).exists(), path
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"`make (\w+)`", text):
+    for target in re.findall(r"`make ([\w-]+)`", text):
         assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_readme_tree_is_the_sources() -> None:
+    """Guards against a module that the README's tree does not show, or describes as it was."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "outrider/engine/scheduler.py" in readme
+    assert with_tree(readme) == readme, "stale: run `python -m outrider.cli.docs`"
+
+
+def defined_names(path: Path) -> set[str]:
+    """Classes, functions and ``Class.method`` of a module."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            inner = (n.name for n in node.body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)))
+            names |= {f"{node.name}.{name}" for name in inner}
+    return names
+
+
+def test_walk_names_things_that_exist() -> None:
+    """Guards against a walk through rooms that have moved: each name is defined in one of its line's files."""
+    text = (ROOT / "docs/walk.md").read_text(encoding="utf-8")
+    num_names = 0
+    for part in text.split("\n\n") + [row for row in text.splitlines() if row.startswith("| ")]:
+        links = re.findall(r"\]\(\.\./(outrider/[\w/.]+)\)", part)
+        known = set().union(*(defined_names(ROOT / link) for link in [*links, "outrider/types.py"]))
+        for name in re.findall(r"`([A-Za-z_]\w*(?:\.\w+)?)`", part):
+            num_names += 1
+            assert name in known, f"{name} is in none of {links}"
+    assert num_names > 40
+
+
+def test_links_of_the_documents_lead_somewhere() -> None:
+    """Guards against links to files that were renamed, and against a number without its file."""
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.relative_to(ROOT)}: {target}"
+    rows = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- numbers")[1].split("<!-- end")[0]
+    numbers = [row for row in rows.splitlines() if row.startswith("|")][2:]
+    assert numbers and all("(benchmarks/results/" in row for row in numbers)
