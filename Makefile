@@ -55,5 +55,5 @@ $(VENV)/.run-stamp: pyproject.toml $(VENV)/.torch-stamp
 	touch $@
 
 $(VENV)/.dev-stamp: pyproject.toml $(VENV)/.torch-stamp
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,eval]'
 	touch $@ $(VENV)/.run-stamp
