@@ -1,0 +1,269 @@
+"""One layer of Scout as a step runs it, checked and timed: ``python -m benchmarks.kernels.step --json OUT``.
+
+Two layers with random FP8 weights go through the model's own forward pass at several batch sizes. Each result is
+compared, row by row, with the plain-torch path on the same device; then a CUDA graph of the pass is timed and its
+kernels are listed. With ``--quick`` the candidate tiles are left out.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
+
+import torch
+
+from benchmarks.kernels.common import Report, graph_us, parse_args
+from outrider.kernels import gemm, moe, moe_few_kernels
+from outrider.kernels.gemm import SkinnyTile
+from outrider.kernels.moe_gemm import Tile
+from outrider.kv_layout import plan_layout
+from outrider.models.config import ModelConfig, QuantConfig
+from outrider.models.decoder import Decoder
+from outrider.models.registry import load_model
+from outrider.parallel import Parallel
+from outrider.runner.batch import AttentionBatch, Batch
+from outrider.runner.kv_cache import KVCache
+
+LAYERS, BLOCK_SIZE, CONTEXT = 2, 64, 1024
+STEPS = ((1, 0), (8, 0), (16, 0), (64, 0), (256, 0), (100, 512), (0, 1024))
+"""(decodes, prompt tokens of one sequence)."""
+ROW_LIMIT, BAD_ROWS = 0.08, 0.03
+"""A row may differ by so much; more than that share of rows never does (a router tie moves a row to another expert)."""
+
+SCOUT = ModelConfig(
+    architecture="Llama4ForConditionalGeneration",
+    vocab_size=4096,  # the head is measured by ``gemm``
+    hidden_size=5120,
+    num_layers=LAYERS,
+    num_heads=40,
+    num_kv_heads=8,
+    head_dim=128,
+    intermediate_size=8192,
+    rms_norm_eps=1e-5,
+    rope_theta=500000.0,
+    max_position_embeddings=8192,
+    dtype="bfloat16",
+    rope_layers=(True, False),
+    moe_layers=(True, True),
+    interleaved_rope=True,
+    intermediate_size_mlp=16384,
+    num_experts=16,
+    attention_chunk_size=8192,
+    use_qk_norm=True,
+    attn_temperature_tuning=True,
+    quant=QuantConfig("FP8", "FP8"),
+)
+
+FEW_UP = (
+    Tile(16, 64, 128, True, 6, 4),
+    Tile(16, 64, 256, True, 3, 4),
+    Tile(16, 128, 128, True, 3, 4),
+    Tile(16, 32, 256, True, 5, 4),
+)
+FEW_DOWN = (
+    *tuple(Tile(16, 64, 256, True, 5, 4, split_k=s) for s in (1, 2, 3, 4, 6, 8)),
+    Tile(16, 128, 128, True, 5, 4, split_k=3),
+    Tile(16, 128, 256, True, 3, 8, split_k=3),
+)
+SKINNY = tuple(
+    SkinnyTile(outputs, depth, stages, 4, programs)
+    for (outputs, depth, stages), programs in product(
+        ((64, 256, 5), (64, 256, 3), (64, 128, 8), (32, 256, 6), (128, 128, 5)), (1, 2, 4)
+    )
+)
+WIDE = (
+    (Tile(64, 64, 128, True, 5, 4), Tile(64, 128, 128, True, 5, 4)),
+    (Tile(128, 128, 128, True, 4, 8), Tile(128, 128, 128, True, 4, 8)),
+    (Tile(128, 128, 128, True, 4, 8, programs_per_sm=1), Tile(128, 128, 128, True, 5, 8)),
+    (Tile(128, 64, 128, True, 5, 4), Tile(128, 128, 128, False, 5, 8)),
+    (Tile(128, 128, 128, False, 4, 8, programs_per_sm=1), Tile(128, 128, 128, True, 5, 4)),
+    (Tile(64, 128, 128, True, 4, 4), Tile(64, 256, 128, True, 4, 8)),
+    (Tile(64, 64, 128, True, 4, 4, programs_per_sm=2), Tile(128, 64, 256, True, 3, 4)),
+)
+
+
+class Scout:
+    """The two layers, and a cache full of random keys and values."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, max_seqs: int) -> None:
+        fp8 = torch.float8_e4m3fn
+        self.config, self.device = config, device
+        self.model: Decoder = load_model(
+            config,
+            "",
+            Parallel(),
+            load_format="dummy",
+            dtype=torch.bfloat16,
+            device=device,
+            kv_cache_dtype=fp8,
+        )
+        layout = plan_layout(config.rope_layers, None, CONTEXT, BLOCK_SIZE)
+        self.blocks_a_seq = CONTEXT // BLOCK_SIZE
+        num_blocks = 1 + max_seqs * self.blocks_a_seq
+        self.kv = KVCache(layout, num_blocks, config.num_kv_heads, config.head_dim, fp8, device)
+        self.kv.data.view(torch.uint8).random_(0, 256).bitwise_and_(0xBF)  # no NaN, |value| < 2
+
+    def batch(self, decodes: int, prompt: int) -> Batch:
+        """Decodes at the end of their context, then one prompt from its start."""
+        device, seqs = self.device, decodes + (prompt > 0)
+        tables = 1 + torch.randperm(seqs * self.blocks_a_seq, device=device).view(seqs, -1)
+        lengths = [CONTEXT] * decodes + [prompt] * (prompt > 0)
+        positions = torch.tensor([CONTEXT - 1] * decodes + list(range(prompt)), device=device)
+        owner = torch.tensor([*range(decodes), *[decodes] * prompt], device=device)
+        slots = tables[owner, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+        starts = [*range(decodes + 1), *[decodes + prompt] * (prompt > 0)]
+        attention = AttentionBatch(
+            query_start=torch.tensor(starts, dtype=torch.int32, device=device),
+            seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
+            block_tables=tables.int()[None],
+            slots=slots[None],
+            num_decodes=decodes,
+            max_query_len=max(1, prompt),
+            max_seq_len=CONTEXT,
+        )
+        tokens = torch.randint(self.config.vocab_size, (decodes + prompt,), device=device)
+        return Batch(tokens, positions, attention)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Both layers and the last norm."""
+        return self.model.forward(batch, self.kv)
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Send every operation to its reference."""
+    modules = [
+        m for n, m in sys.modules.items() if n.startswith("outrider.kernels.") and hasattr(m, "on_gpu")
+    ]
+    saved = [(module, module.on_gpu) for module in modules]
+    for module in modules:
+        module.on_gpu = lambda _: False
+    try:
+        yield
+    finally:
+        for module, function in saved:
+            module.on_gpu = function
+
+
+def bad_rows(out: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
+    """Share of rows that differ by more than ``ROW_LIMIT``, and the median row's relative error."""
+    wide = expected.double()
+    errors = (out.double() - wide).norm(dim=1) / wide.norm(dim=1)
+    errors = torch.where(errors.isfinite(), errors, torch.inf)
+    return float((errors > ROW_LIMIT).double().mean()), float(errors.median())
+
+
+def check(scout: Scout, batch: Batch, takes_few: bool) -> str | None:
+    """None if the fast path agrees with plain torch, else what is wrong."""
+    for layer in scout.model.layers:
+        few = layer.feed_forward.few_rows
+        if few is not None:
+            assert few.takes(torch.empty(len(batch.token_ids), 1, device=scout.device)) == takes_few
+    out = scout.forward(batch).clone()
+    again = scout.forward(batch)
+    if not torch.equal(out, again):
+        return "two runs differ"
+    saved = [layer.feed_forward.few_rows for layer in scout.model.layers]
+    for layer in scout.model.layers:
+        layer.feed_forward.few_rows = None  # the reference is the layer's separate operations
+    with plain_torch():
+        expected = scout.forward(batch)
+    for layer, few in zip(scout.model.layers, saved, strict=True):
+        layer.feed_forward.few_rows = few
+    share, median = bad_rows(out, expected)
+    print(f"   rows beyond {ROW_LIMIT}: {share:.3f}, median error {median:.4f}", flush=True)
+    return None if share <= BAD_ROWS and median < ROW_LIMIT / 2 else f"{share:.1%} of rows are wrong"
+
+
+def list_kernels(scout: Scout, batch: Batch) -> None:
+    """Kernels of one pass, longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(3):
+            scout.forward(batch)
+        torch.cuda.synchronize()
+    events = sorted(profile.key_averages(), key=lambda e: -e.device_time_total)
+    for event in events[:16]:
+        us = event.device_time_total / 3 / LAYERS
+        print(f"   {event.key[:60]:<60} {event.count / 3 / LAYERS:>5.1f} a layer {us:>8.1f} us", flush=True)
+
+
+def try_tiles(
+    report: Report, case: str, time: Callable[[], float], tables: list[tuple[str, Callable[[], None]]]
+) -> None:
+    """Time the pass with each candidate in force."""
+    for name, use in tables:
+        use()
+        try:
+            report.memory(case, name, time(), 1)
+        except Exception as error:  # one candidate that does not fit must not end the run
+            report.fail(case, name, str(error).splitlines()[0][:100])
+
+
+def candidates(decodes: int, prompt: int) -> list[tuple[str, Callable[[], None]]]:
+    """What to try at this size: few-rows tiles, skinny tiles, or the grouped product's."""
+    tokens = decodes + prompt
+    few, skinny, fp8 = moe_few_kernels.FEW_TILES, dict(gemm.SKINNY_TILES), moe.FP8_TILES
+    code = torch.float8_e4m3fn
+
+    def use_few(up: Tile, down: Tile) -> None:
+        import outrider.kernels.moe_few as module
+
+        module.FEW_TILES = ((16, up, down),)
+
+    def use_skinny(tile: SkinnyTile | None) -> None:
+        gemm.SKINNY_TILES[code] = skinny[code] if tile is None else ((128, tile),)
+
+    def use_wide(pair: tuple[Tile, Tile] | None) -> None:
+        moe.FP8_TILES = fp8 if pair is None else ((1 << 30, *pair),)
+
+    out: list[tuple[str, Callable[[], None]]] = []
+    if tokens in (1, 8):
+        up, down = next((u, d) for most, u, d in few if tokens <= most)
+        out += [(f"few up {t}", lambda t=t: use_few(t, down)) for t in FEW_UP]
+        out += [(f"few down {t}", lambda t=t: use_few(up, t)) for t in FEW_DOWN]
+        out += [("few table", lambda: use_few(up, down))]
+    if tokens in (1, 64):
+        out += [(f"skinny {t}", lambda t=t: use_skinny(t)) for t in SKINNY]
+        out += [("skinny table", lambda: use_skinny(None))]
+    if tokens in (612, 1024):
+        out += [(f"wide {pair}", lambda pair=pair: use_wide(pair)) for pair in WIDE]
+        out += [("wide table", lambda: use_wide(None))]
+    return out
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Every size: check, time, list."""
+    args = parse_args("Checks and times one layer of Scout at several batch sizes.")
+    report = Report("step", args.json)
+    scout = Scout(SCOUT, torch.device("cuda"), max_seqs=max(d + 1 for d, _ in STEPS))
+    for decodes, prompt in STEPS:
+        tokens = decodes + prompt
+        batch = scout.batch(decodes, prompt)
+        case = f"layer T={tokens}"
+        wrong = check(scout, batch, tokens <= moe_few_kernels.FEW_ROWS)
+        if wrong:
+            report.fail(case, "check", wrong)
+
+        def time(batch: Batch = batch) -> float:
+            return graph_us([lambda: scout.forward(batch)], 9) / LAYERS
+
+        # The share of the copy rate follows from the weights that the chosen experts make it read.
+        report.memory(case, "table", time(), layer_bytes(tokens))
+        list_kernels(scout, batch)
+        if not args.quick:
+            try_tiles(report, case, time, candidates(decodes, prompt))
+    report.write()
+
+
+def layer_bytes(tokens: int) -> int:
+    """Weights of one layer that ``tokens`` tokens with evenly spread experts read."""
+    hidden, inter, experts = SCOUT.hidden_size, SCOUT.intermediate_size, SCOUT.num_experts
+    chosen = experts * (1 - (1 - 1 / experts) ** tokens)
+    return int(hidden * (128 * 56 + 5120) + 3 * hidden * inter * (1 + chosen))
+
+
+if __name__ == "__main__":
+    main()
