@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from outrider.kernels._dispatch import arrival_counters, ceil_div, num_sms, on_gpu, power_of_two_at_least
+from outrider.kernels.overlap import overlap_options, wait_for_inputs
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,10 @@ def _skinny_kernel(
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     DEPTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     # The last program of a tile to arrive adds the partial sums in a fixed order: deterministic.
+    wait_for_inputs(OVERLAP)
     tile_n = tl.program_id(0)
     split = tl.program_id(1)
     tile_m = tl.program_id(2)
@@ -215,6 +218,7 @@ def skinny_triton(
         DEPTH=tile.depth,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **overlap_options(x.device),
     )
     return out
 
@@ -256,6 +260,7 @@ def _aot_spec(fp8: bool, rows: int, split_k: int, tile: SkinnyTile):
         "ROWS": rows,
         "OUTPUTS": tile.outputs,
         "DEPTH": tile.depth,
+        "OVERLAP": rows == 16,
     }
     return _skinny_kernel, signature, constants, {"num_warps": tile.warps, "num_stages": tile.stages}
 

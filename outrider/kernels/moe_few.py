@@ -26,6 +26,7 @@ from outrider.kernels.moe_few_kernels import (
     _route_rows_kernel,
 )
 from outrider.kernels.moe_gemm import TRITON_DTYPES, Tile
+from outrider.kernels.overlap import overlap_options
 from outrider.kernels.quantize import quantize_fp8_reference
 
 
@@ -104,6 +105,7 @@ def route_rows_triton(
         STEP=max(128, 16384 // power_of_two_at_least(router.shape[0], 16)),
         BLOCK=power_of_two_at_least(size, 128),
         num_warps=16,
+        **overlap_options(x.device),
     )
     return _FewRows(rows, expert_ids)
 
@@ -159,6 +161,7 @@ def few_gate_up_triton(
         BINS=power_of_two_at_least(num_local, 16),
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **overlap_options(x.device),
     )
     return hidden, shared_hidden
 
@@ -203,5 +206,6 @@ def few_down_triton(
         BINS=power_of_two_at_least(num_local, 16),
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **overlap_options(x.device),
     )
     return out

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from outrider.kernels.moe_gemm import Tile
+from outrider.kernels.overlap import wait_for_inputs
 from outrider.kernels.quantize import to_fp8
 
 FEW_ROWS = 16
@@ -38,8 +39,10 @@ def _route_rows_kernel(
     BINS: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program routes one token and writes its row twice: scaled by the score, and as it is."""
+    wait_for_inputs(OVERLAP)
     token = tl.program_id(0)
     x_ptr += token * SIZE
     experts = tl.arange(0, BINS)
@@ -129,8 +132,10 @@ def _few_gate_up_kernel(
     OUTPUTS: tl.constexpr,
     DEPTH: tl.constexpr,
     BINS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     # The shared expert's tiles come first, then those of each chosen expert; the grid allows for the most.
+    wait_for_inputs(OVERLAP)
     program = tl.program_id(0)
     shared_tiles = tl.cdiv(shared_inter, OUTPUTS)
     if program < shared_tiles:
@@ -198,9 +203,11 @@ def _few_down_kernel(
     OUTPUTS: tl.constexpr,
     DEPTH: tl.constexpr,
     BINS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     # Of a column tile's programs (splits of the shared and of every chosen expert) the last to arrive adds the
     # partial sums in a fixed order, so the result does not depend on who was last.
+    wait_for_inputs(OVERLAP)
     program = tl.program_id(0)
     split = program % SPLIT_K
     num_tiles = tl.cdiv(hidden, OUTPUTS)
@@ -296,7 +303,14 @@ def _aot_specs(up: Tile, down: Tile):
     }
 
     def constants(tile: Tile, **others):
-        return {"ROWS": FEW_ROWS, "OUTPUTS": tile.outputs, "DEPTH": tile.depth, "BINS": 16, **others}
+        return {
+            "ROWS": FEW_ROWS,
+            "OUTPUTS": tile.outputs,
+            "DEPTH": tile.depth,
+            "BINS": 16,
+            "OVERLAP": True,
+            **others,
+        }
 
     def options(tile: Tile) -> dict[str, int]:
         return {"num_warps": tile.warps, "num_stages": tile.stages}
@@ -311,7 +325,7 @@ AOT_SPECS = [
     (
         _route_rows_kernel,
         _ROUTE,
-        {"SIZE": 5120, "ROWS": FEW_ROWS, "BINS": 16, "STEP": 1024, "BLOCK": 8192},
+        {"SIZE": 5120, "ROWS": FEW_ROWS, "BINS": 16, "STEP": 1024, "BLOCK": 8192, "OVERLAP": True},
         {"num_warps": 16},
     ),
     *_aot_specs(*FEW_TILES[0][1:]),

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from outrider.kernels._dispatch import on_gpu, power_of_two_at_least
+from outrider.kernels.overlap import overlap_options, wait_for_inputs
 from outrider.kernels.quantize import quantize_fp8_reference, to_fp8
 
 
@@ -76,8 +77,10 @@ def _rms_norm_kernel(
     HAS_RESIDUAL: tl.constexpr,
     HAS_FP8: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program normalises one row held whole in registers."""
+    wait_for_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < num_cols
@@ -125,6 +128,7 @@ def rms_norm_triton(
         HAS_FP8=fp8_scale is not None,
         BLOCK=block,
         num_warps=_num_warps(block),
+        **overlap_options(x.device),
     )
     return Normed(y, y_fp8)
 
@@ -152,6 +156,6 @@ AOT_SPECS = [
     (
         _rms_norm_kernel,
         {**_ROW, **_SIZES},
-        {"HAS_RESIDUAL": True, "HAS_FP8": True, "BLOCK": 8192},
+        {"HAS_RESIDUAL": True, "HAS_FP8": True, "BLOCK": 8192, "OVERLAP": True},
     )
 ]

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from outrider.kernels._dispatch import ceil_div, on_gpu
+from outrider.kernels.overlap import overlap_options, wait_for_inputs
 from outrider.kernels.quantize import FP8_MAX, to_fp8
 
 
@@ -137,8 +138,10 @@ def _qkv_rope_store_kernel(
     TEMPERATURE: tl.constexpr,
     FP8: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program takes ``BLOCK`` consecutive heads (of q, k or v) of one token, as two halves of every pair."""
+    wait_for_inputs(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     half: tl.constexpr = D // 2
@@ -251,6 +254,7 @@ def qkv_rope_store_triton(
         FP8=k_cache.dtype == torch.float8_e4m3fn,
         BLOCK=HEADS_PER_PROGRAM,
         num_warps=2,
+        **overlap_options(qkv.device),
     )
     return q
 
@@ -274,7 +278,15 @@ _NUMBERS = {
     "k_scale": "fp32",
     "v_scale": "fp32",
 }
-_SHAPE = {"HEADS": 40, "KV_HEADS": 8, "D": 128, "BLOCK_SIZE": 64, "FP8": True, "BLOCK": HEADS_PER_PROGRAM}
+_SHAPE = {
+    "HEADS": 40,
+    "KV_HEADS": 8,
+    "D": 128,
+    "BLOCK_SIZE": 64,
+    "FP8": True,
+    "BLOCK": HEADS_PER_PROGRAM,
+    "OVERLAP": True,
+}
 _ROTATED = {"ROTATE": True, "NORM": True, "TEMPERATURE": False}
 AOT_SPECS = [
     (_qkv_rope_store_kernel, {**_POINTERS, **_NUMBERS}, {**_SHAPE, **_ROTATED, "INTERLEAVED": True}),
