@@ -112,9 +112,15 @@ class ProcessEngineClient:
     async def _launch(self) -> None:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "outrider.engine.process", str(theirs.fileno()), str(os.getpid())]
+        # Threads that spin while they wait starve each other on shared cores (docs/log.md).
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         # A session of its own: the ranks that the engine starts are in it, so that all end together.
         self._process = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+            command,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
         )
         theirs.close()
         self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 24)

@@ -8,7 +8,6 @@ go back in one place, ``_release``, when nothing on the device can still write t
 from __future__ import annotations
 
 import bisect
-import itertools
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -38,9 +37,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("outrider.engine")
 
 FAILED = "The engine failed on this request; the server's log says why."
-LONG_BACKLOG = 16
-"""Steps of the ordinary prefill share above which a backlog counts as long."""
-
 NOT_FINITE = "The model produced values that are not finite for this request; try a different prompt."
 TOO_LARGE = (
     "This request needs more KV cache than the server has ({needed} of {capacity} blocks); "
@@ -52,15 +48,13 @@ TOO_LARGE = (
 class Limits:
     """Bounds of a step.
 
-    ``prefill_share_tokens``: prompt tokens in a step that also decodes; ``prefill_burst_tokens`` while the backlog
-    of prompts is long, because streams that start sooner fill the later steps. ``one_plan_per_sequence``: a sequence
+    ``prefill_share_tokens``: prompt tokens in a step that also decodes. ``one_plan_per_sequence``: a sequence
     waits for its commit before it is planned again (pipeline stages, where the next id is born on the last one).
     """
 
     max_num_seqs: int
     max_num_batched_tokens: int
     prefill_share_tokens: int
-    prefill_burst_tokens: int
     priority: bool = False
     one_plan_per_sequence: bool = False
 
@@ -127,7 +121,7 @@ class Scheduler:
         self._plan_decodes(draft)
         budget = self.limits.max_num_batched_tokens - len(draft.slices)
         if draft.slices:
-            budget = min(budget, self._prefill_share())
+            budget = min(budget, self.limits.prefill_share_tokens)
         budget = self._plan_running_prefills(draft, budget)
         self._admit(draft, budget)
         if not draft.slices:
@@ -135,15 +129,6 @@ class Scheduler:
         self.stats.step_tokens = draft.num_tokens
         self._step_id += 1
         return draft.build(self._step_id)
-
-    def _prefill_share(self) -> int:
-        """Prompt tokens that may ride in a step beside decodes."""
-        share, backlog = self.limits.prefill_share_tokens, 0
-        for seq in itertools.chain(self._waiting, (s for s in self._running if not s.is_decoding)):
-            backlog += seq.remaining
-            if backlog > share * LONG_BACKLOG:
-                return self.limits.prefill_burst_tokens
-        return share
 
     def _plan_decodes(self, draft: PlanDraft) -> None:
         """One token for every running sequence that has one to compute, oldest first."""

@@ -31,7 +31,6 @@ class Resolved:
     max_num_batched_tokens: int
     max_model_len: int
     prefill_share_tokens: int
-    prefill_burst_tokens: int
 
 
 def resolve(config: EngineConfig, model: ModelConfig) -> Resolved:
@@ -66,7 +65,6 @@ def resolve(config: EngineConfig, model: ModelConfig) -> Resolved:
         max_num_batched_tokens=budget,
         max_model_len=max_model_len,
         prefill_share_tokens=share,
-        prefill_burst_tokens=min(budget, 4 * share),
     )
 
 

@@ -110,7 +110,6 @@ def _make_engine(model: Facts, plan: KVPlan, executor: Executor) -> Engine:
         resolved.max_num_seqs,
         resolved.max_num_batched_tokens,
         resolved.prefill_share_tokens,
-        resolved.prefill_burst_tokens,
         priority=config.scheduling_policy == "priority",
         one_plan_per_sequence=config.pipeline_parallel_size > 1,
     )

@@ -29,7 +29,7 @@ def make_engine(
     prefix: bool = True,
 ) -> Engine:
     executor = FakeExecutor(layout, num_blocks, rows, 256)
-    scheduler = Scheduler(KVManager(layout, num_blocks, prefix), Limits(rows, budget, share, 2 * share))
+    scheduler = Scheduler(KVManager(layout, num_blocks, prefix), Limits(rows, budget, share))
     return Engine(scheduler, executor, None, depth)
 
 

@@ -280,7 +280,7 @@ class MaskedExecutor:
 @pytest.mark.parametrize("depth", [1, 2])
 def test_the_engine_runs_constrained_beside_free_requests(compiler: GuidanceCompiler, depth: int) -> None:
     """A refused grammar ends its request with status 400 and nothing else; the others run to their ends."""
-    scheduler = Scheduler(KVManager(plan_layout((False,), None, 256, 16), 64, True), Limits(8, 64, 32, 64))
+    scheduler = Scheduler(KVManager(plan_layout((False,), None, 256, 16), 64, True), Limits(8, 64, 32))
     engine = Engine(scheduler, MaskedExecutor(), compiler, depth)
     free = Request(request_id="free", prompt_token_ids=[1, 2], sampling=SamplingParams(max_tokens=40))
     for request in (
