@@ -1,52 +1,86 @@
-"""``outrider bench kernels``: runs the scripts of ``benchmarks/kernels`` one after the other, each in its own process.
+"""``outrider bench kernels``: every kernel at Scout's sizes, checked, timed and set against its floor.
 
-Called by the command line, in a checkout: the scripts are no part of the installed package. Imports no torch itself.
+The suites are ``benchmarks/kernels`` of the source tree; each runs in a process of its own, so that one that fails
+costs only its rows and this command stays without torch. The floor of a memory-bound kernel is the time of a
+device-to-device copy of the same bytes, measured in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from outrider.errors import ConfigError
 
-REPO = Path(__file__).resolve().parents[2]
-SHARED_CODE = "common"
+SUITES = ("elementwise", "gemm", "attention", "moe", "nvfp4", "sampling", "step")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
-    parser.add_argument("names", nargs="*", metavar="NAME", help="kernels to measure (default: all)")
-    parser.add_argument("--quick", action="store_true", help="only the launch constants that are used")
-    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="write one JSON file per script there")
+    """The options of ``outrider bench kernels``."""
+    parser.add_argument(
+        "--suite", nargs="+", choices=SUITES, default=SUITES, metavar="NAME",
+        help=f"which suites to run: {', '.join(SUITES)} (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--variants", action="store_true", help="also time the candidate launch constants of every kernel"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every row to FILE")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the scripts; returns 1 if one of them failed. Raises ConfigError for an unknown name."""
-    known = scripts()
-    if unknown := [name for name in args.names if name not in known]:
-        raise ConfigError(f"There is no kernel benchmark {unknown[0]!r}; choose from {', '.join(known)}.")
-    failed = []
-    for name in args.names or known:
-        command = [sys.executable, "-m", f"benchmarks.kernels.{name}"]
-        command += ["--quick"] if args.quick else []
-        command += (
-            ["--json", str(args.output_dir.resolve() / f"kernels_{name}.json")] if args.output_dir else []
-        )
-        if subprocess.run(command, cwd=REPO).returncode:
-            failed.append(name)
-    if failed:
-        print(f"failed: {', '.join(failed)}", file=sys.stderr)
-    return int(bool(failed))
+    """Run the suites one after the other and print one table; 1 if a kernel was wrong or did not run."""
+    root = find_suites()
+    results = [run_suite(root, suite, args.variants) for suite in args.suite]
+    rows = [row for result in results for row in result["rows"]]
+    print_table(rows)
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(results, indent=1))
+    return int(any("error" in row for row in rows))
 
 
-def scripts() -> list[str]:
-    """Names of the scripts in the checkout. Raises ConfigError when the package was installed without them."""
-    found = sorted(path.stem for path in (REPO / "benchmarks" / "kernels").glob("*.py"))
-    if not found:
+def find_suites() -> Path:
+    """The source tree that holds the suites."""
+    spec = importlib.util.find_spec("outrider")
+    assert spec is not None and spec.origin is not None
+    root = Path(spec.origin).parents[1]
+    if not (root / "benchmarks" / "kernels").is_dir():
         raise ConfigError(
-            "The kernel benchmarks are in the repository, not in the package; run from a checkout."
+            "The kernel benchmarks are part of the source tree; clone it and install it with 'pip install -e .'."
         )
-    return [name for name in found if name not in (SHARED_CODE, "__init__")]
+    return root
+
+
+def run_suite(root: Path, suite: str, variants: bool) -> dict[str, Any]:
+    """One suite's result file: device, versions and rows; a suite that ends early is one row with its last line."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        command = [sys.executable, "-m", f"benchmarks.kernels.{suite}", "--json", str(path)]
+        done = subprocess.run(
+            command if variants else [*command, "--quick"], cwd=root, text=True, stderr=subprocess.PIPE
+        )
+        if done.returncode == 0:
+            result: dict[str, Any] = json.loads(path.read_text())
+            return result
+    last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+    return {"benchmark": suite, "rows": [{"case": suite, "variant": "", "us": None, "error": last}]}
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """One line a row: what, how long, and how near to the floor."""
+    print(f"\n{'kernel':<30} {'variant':<30} {'us':>10} {'rate':>14} {'of copy':>8}")
+    for row in rows:
+        time = "-" if row["us"] is None else f"{row['us']:.2f}"
+        if "error" in row:
+            rate, share = str(row["error"]), ""
+        elif "tflop_per_s" in row:
+            rate, share = f"{row['tflop_per_s']} TFLOP/s", ""
+        else:
+            rate, share = f"{row.get('gb_per_s', 0)} GB/s", f"{row.get('percent', 0)} %"
+        print(f"{row['case']:<30} {row['variant'][:30]:<30} {time:>10} {rate:>14} {share:>8}")

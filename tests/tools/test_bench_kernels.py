@@ -1,52 +1,63 @@
-"""``outrider bench kernels``: which scripts it runs and how it fails without a GPU, a checkout or a right name."""
+"""``outrider bench kernels``: its table, and what becomes of a suite that cannot run."""
 
-import argparse
-import ast
-import subprocess
-import sys
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser
+from pathlib import Path
 
 import pytest
 
-from outrider.errors import ConfigError
 from outrider.tools import bench_kernels
 
 
-def parse(*words):
-    parser = argparse.ArgumentParser()
+def _run(*argv: str) -> int:
+    parser = ArgumentParser()
     bench_kernels.add_arguments(parser)
-    return parser.parse_args(list(words))
+    return bench_kernels.run(parser.parse_args(argv))
 
 
-def test_each_script_is_run_with_its_file(monkeypatch, tmp_path):
-    """Guards: a script left out, flags that do not reach it, a failure that is forgotten."""
-    commands = []
-
-    def fake(command, cwd):
-        commands.append(command)
-        return subprocess.CompletedProcess(command, returncode=command[2].endswith("gemm"))
-
-    monkeypatch.setattr(subprocess, "run", fake)
-    assert bench_kernels.run(parse("--quick", "--output-dir", str(tmp_path))) == 1
-    assert [c[:2] for c in commands] == [[sys.executable, "-m"]] * len(commands)
-    assert {"benchmarks.kernels.gemm", "benchmarks.kernels.attention"} <= {c[2] for c in commands}
-    assert all(c[3] == "--quick" and c[5].endswith(".json") for c in commands)
-    commands.clear()
-    assert bench_kernels.run(parse("attention")) == 0 and len(commands) == 1
+def _fake_tree(folder: Path, body: str) -> Path:
+    suites = folder / "benchmarks" / "kernels"
+    suites.mkdir(parents=True)
+    for package in (suites.parent, suites):
+        (package / "__init__.py").touch()
+    (suites / "gemm.py").write_text(body)
+    return folder
 
 
-def test_every_script_is_a_program():
-    """Guards: a module of helpers that the command would run as a benchmark."""
-    for name in bench_kernels.scripts():
-        tree = ast.parse((bench_kernels.REPO / "benchmarks" / "kernels" / f"{name}.py").read_text())
-        assert any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body), (
-            name
-        )
+def test_rows_of_a_suite_reach_table_and_file(tmp_path, monkeypatch, capsys):
+    """Guards: a wrong kernel that ends with exit code 0, rows lost between the processes."""
+    rows = [
+        {"case": "fp8 qkv T=1", "variant": "table", "us": 12.5, "gb_per_s": 2936, "percent": 71},
+        {"case": "fp8 o T=1", "variant": "table", "us": float("nan"), "error": "relative error 0.3"},
+    ]
+    body = f"import json, sys\nfrom math import nan\nopen(sys.argv[2], 'w').write(json.dumps({{'rows': {rows!r}}}))"
+    monkeypatch.setattr(bench_kernels, "find_suites", lambda: _fake_tree(tmp_path, body))
+    out = tmp_path / "out" / "rows.json"
+    assert _run("--suite", "gemm", "--json", str(out)) == 1
+    table = capsys.readouterr().out
+    assert "2936 GB/s" in table and "71 %" in table and "relative error 0.3" in table
+    assert json.loads(out.read_text())[0]["rows"][0] == rows[0]
 
 
-def test_refusals(monkeypatch, tmp_path):
-    """Guards: a traceback for a typing error or for an installed package."""
-    with pytest.raises(ConfigError, match="attention"):
-        bench_kernels.run(parse("atention"))
-    monkeypatch.setattr(bench_kernels, "REPO", tmp_path)
-    with pytest.raises(ConfigError, match="checkout"):
-        bench_kernels.run(parse())
+def test_suite_that_ends_early_is_a_row(tmp_path, monkeypatch, capsys):
+    """Guards: one broken suite that hides the results of the others, or passes for a success."""
+    body = "import sys\nsys.exit('this benchmark needs a CUDA device')"
+    monkeypatch.setattr(bench_kernels, "find_suites", lambda: _fake_tree(tmp_path, body))
+    assert _run("--suite", "gemm") == 1
+    assert "this benchmark needs a CUDA device" in capsys.readouterr().out
+
+
+def test_every_suite_exists():
+    """Guards: a suite renamed in one place only."""
+    root = bench_kernels.find_suites() / "benchmarks" / "kernels"
+    found = {path.stem for path in root.glob("*.py")} - {"__init__", "common"}
+    assert found == set(bench_kernels.SUITES)
+
+
+def test_unknown_suite_is_refused(capsys):
+    """Guards: a typo that measures nothing and succeeds."""
+    with pytest.raises(SystemExit):
+        _run("--suite", "gem")
+    assert "invalid choice" in capsys.readouterr().err
