@@ -7,7 +7,10 @@ kernels are listed. With ``--quick`` the candidate tiles are left out.
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
@@ -199,14 +202,35 @@ def list_kernels(scout: Scout, batch: Batch) -> None:
         print(f"   {event.key[:60]:<60} {event.count / 3 / LAYERS:>5.1f} a layer {us:>8.1f} us", flush=True)
 
 
+def list_host_costs(scout: Scout, batch: Batch, passes: int = 20) -> None:
+    """What the host spends on a pass without a graph, and the functions that it spends it in."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(passes):
+        scout.forward(batch)
+    us = (time.perf_counter() - start) / passes / LAYERS * 1e6
+    torch.cuda.synchronize()
+    print(f"   host: {us:.0f} us a layer without a graph", flush=True)
+    profile = cProfile.Profile()
+    with profile:
+        for _ in range(passes):
+            scout.forward(batch)
+    torch.cuda.synchronize()
+    pstats.Stats(profile, stream=sys.stdout).sort_stats("tottime").print_stats(14)
+
+
 def try_tiles(
-    report: Report, case: str, time: Callable[[], float], tables: list[tuple[str, Callable[[], None]]]
+    report: Report,
+    case: str,
+    measure: Callable[[], float],
+    tables: list[tuple[str, Callable[[], None]]],
+    bytes_read: int,
 ) -> None:
     """Time the pass with each candidate in force."""
     for name, use in tables:
         use()
         try:
-            report.memory(case, name, time(), 1)
+            report.memory(case, name, measure(), bytes_read)
         except Exception as error:  # one candidate that does not fit must not end the run
             report.fail(case, name, str(error).splitlines()[0][:100])
 
@@ -257,19 +281,21 @@ def main() -> None:
         if wrong:
             report.fail(case, "check", wrong)
 
-        def time(batch: Batch = batch) -> float:
+        def measure(batch: Batch = batch) -> float:
             return graph_us([lambda: scout.forward(batch)], 9) / LAYERS
 
         # The share of the copy rate follows from the weights that the chosen experts make it read.
-        report.memory(case, "table", time(), layer_bytes(tokens))
+        report.memory(case, "table", measure(), layer_bytes(tokens))
         list_kernels(scout, batch)
+        if tokens == 1:
+            list_host_costs(scout, batch)
         with overlapping():
             wrong = check(scout, batch, tokens <= moe_few_kernels.FEW_ROWS)
             if wrong:
                 report.fail(case, "overlapped check", wrong)
-            report.memory(case, "overlapped launches", time(), layer_bytes(tokens))
+            report.memory(case, "overlapped launches", measure(), layer_bytes(tokens))
         if not args.quick:
-            try_tiles(report, case, time, candidates(decodes, prompt))
+            try_tiles(report, case, measure, candidates(decodes, prompt), layer_bytes(tokens))
     report.write()
 
 
