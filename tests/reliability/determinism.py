@@ -101,8 +101,8 @@ def main(model: str, count: int, deterministic: bool) -> dict[str, Any]:
             engine.scheduler.estimator.expected_total = lambda seq: seq.prompt_len  # type: ignore[method-assign]
         variants[name] = run(engine, work, random.Random(2))
         stats = engine.stats()
-        assert name != "preempted" or stats.preemptions > count // 50, stats
-        assert name != "prefix hits" or stats.cached_prompt_tokens > count, stats
+        assert name != "preempted" or count < 50 or stats.preemptions > count // 50, stats
+        assert name != "prefix hits" or count < 50 or stats.cached_prompt_tokens > count, stats
         engine.shutdown()
     differing = {name: sum(bits[r] != alone[r] for r in alone) for name, bits in variants.items()}
     return {"differing": differing, "batch_seconds": round(seconds, 3)}
