@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.kernels.common import copy_bytes_per_s
 from outrider.config import EngineConfig
 from outrider.engine.engine import Engine
 from outrider.models.config_hf import load_model_config
@@ -104,21 +105,6 @@ def profile(driver: Driver, batch: int, prompt_len: int, warm_steps: int, steps:
     return f"{steps} steps of {batch} x {prompt_len}, wall {wall_ms:.2f} ms\n{table}\n"
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second, read plus written, of a large device-to-device copy."""
-    source = torch.randint(0, 255, (1 << 32,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(3):
-        target.copy_(source)
-    start.record()
-    for _ in range(10):
-        target.copy_(source)
-    end.record()
-    torch.cuda.synchronize()
-    return 2 * source.numel() * 10 / (start.elapsed_time(end) / 1e3)
-
-
 def main() -> None:
     """Build, measure, print."""
     parser = argparse.ArgumentParser(
@@ -140,7 +126,7 @@ def main() -> None:
     args = parser.parse_args()
     result: dict[str, Any] = {"command": " ".join(__import__("sys").argv), "date": time.strftime("%Y-%m-%d")}
     if torch.cuda.is_available():
-        result["copy_tb_s"] = round(copy_bandwidth() / 1e12, 3)
+        result["copy_tb_s"] = round(copy_bytes_per_s() / 1e12, 3)
         torch.cuda.empty_cache()
     start = time.perf_counter()
     engine, info = build_engine(
