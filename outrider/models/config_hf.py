@@ -31,11 +31,16 @@ def load_model_config(path: str | Path) -> ModelConfig:
     raw = _read_json(path / "config.json")
     if raw is None:
         raise ConfigError(f"{path} has no config.json; give a checkpoint folder, a .gguf file or a hub id.")
-    return parse_hf_config(
-        raw,
-        generation=_read_json(path / "generation_config.json"),
-        hf_quant=_read_json(path / "hf_quant_config.json"),
-    )
+    try:
+        return parse_hf_config(
+            raw,
+            generation=_read_json(path / "generation_config.json"),
+            hf_quant=_read_json(path / "hf_quant_config.json"),
+        )
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, MemoryError) as error:
+        raise ConfigError(
+            f"{path}: config.json has a value of the wrong kind ({str(error)[:200]})."
+        ) from error
 
 
 def check_quantization(flag: str | None, config: ModelConfig) -> None:
@@ -100,7 +105,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not readable JSON: {error}.") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path} must hold one JSON object.")
