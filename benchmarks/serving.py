@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--output-len", type=int, default=1024)
     parser.add_argument("--single-output-len", type=int, default=128)
     parser.add_argument("--max-model-len", type=int, default=9216)
+    parser.add_argument("--only-start", action="store_true", help="time the launch, measure no requests")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("serve_flags", nargs="*")
     args = parser.parse_args()
@@ -110,6 +111,8 @@ def main() -> None:
         "log": [x for x in log.read_text().splitlines() if "KV cache" in x],
     }
     try:
+        if args.only_start:
+            return
         bench(args, 2, 1, 8)  # the first requests of a server pay for what no warm-up met
         result["single"] = bench(args, 4, 1, args.single_output_len)
         before = preemptions(args.port)
@@ -120,6 +123,7 @@ def main() -> None:
         server.wait(timeout=90)
         result |= versions()
         args.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"ready after {ready_s:.1f} s", flush=True)
     load, single = result["load"], result["single"]
     print(
         json.dumps(
