@@ -21,31 +21,33 @@ EXPERTS, HIDDEN, INTER = 16, 5120, 8192
 FP8_PEAK = 1350.0
 DENSE = {"qkv": (7168, 5120), "o": (5120, 5120), "gate_up": (16384, 5120), "down": (5120, 8192)}
 Pair = tuple[StreamTile, StreamTile]
-SMALL: list[Pair] = [
-    (StreamTile(16, 4, 4), StreamTile(16, 4, 4)),
-    (StreamTile(16, 8, 4), StreamTile(16, 8, 4)),
-]
+
+
+def _pair(*constants: int | bool) -> Pair:
+    return StreamTile(*constants), StreamTile(*constants)
+
+
+SMALL, MASKED = _pair(16, 4, 4), (1, True)
 CANDIDATES: dict[int, list[Pair]] = {
-    1: [(up, StreamTile(16, 4, 4, split_k=k)) for (up, _), k in zip(SMALL, (4, 8), strict=True)],
-    64: SMALL,
-    150: [*SMALL, (StreamTile(32, 4, 3), StreamTile(32, 4, 3))],
+    1: [(StreamTile(16, 4, 4), StreamTile(16, 4, 4, split_k=k)) for k in (4, 2)],
+    64: [SMALL, _pair(16, 4, 4, *MASKED)],
+    256: [_pair(32, 4, 3), _pair(32, 4, 3, *MASKED), _pair(64, 4, 2, *MASKED)],
     512: [
-        (StreamTile(32, 4, 3), StreamTile(32, 4, 3)),
-        (StreamTile(64, 4, 2), StreamTile(64, 4, 2)),
-        (StreamTile(64, 8, 3), StreamTile(64, 8, 3)),
+        _pair(64, 4, 2),
+        _pair(64, 4, 2, *MASKED),
+        _pair(64, 8, 3, *MASKED),
+        _pair(32, 4, 3, *MASKED),
     ],
-    1024: [
-        (StreamTile(64, 8, 3), StreamTile(64, 8, 3)),
-        (StreamTile(128, 8, 2), StreamTile(128, 8, 2)),
-    ],
-    8192: [(StreamTile(128, 8, 2), StreamTile(128, 8, 2))],
+    1024: [_pair(128, 8, 2), _pair(128, 8, 2, *MASKED), _pair(64, 4, 2, *MASKED)],
+    2048: [_pair(128, 8, 2), _pair(128, 8, 2, *MASKED), _pair(64, 4, 2, *MASKED)],
+    4096: [_pair(128, 8, 2), _pair(128, 8, 2, *MASKED)],
+    8192: [],
 }
 MORE: dict[int, list[Pair]] = {
-    1: [(StreamTile(16, 4, 3), StreamTile(16, 4, 4, split_k=2))],
-    64: [(StreamTile(16, 4, 3), StreamTile(16, 4, 3)), (StreamTile(16, 4, 2), StreamTile(16, 4, 2))],
-    150: [(StreamTile(32, 8, 4), StreamTile(32, 8, 4)), (StreamTile(32, 4, 2), StreamTile(32, 4, 2))],
-    512: [(StreamTile(64, 4, 3), StreamTile(64, 4, 3)), (StreamTile(64, 8, 2), StreamTile(64, 8, 2))],
-    1024: [(StreamTile(64, 4, 2), StreamTile(64, 4, 2))],
+    256: [SMALL, _pair(32, 8, 4), _pair(32, 4, 2)],
+    512: [_pair(64, 8, 2, *MASKED), _pair(64, 4, 3, *MASKED), _pair(128, 8, 2, *MASKED)],
+    1024: [_pair(64, 4, 2), _pair(64, 8, 3)],
+    8192: [_pair(128, 8, 2)],
 }
 
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -73,7 +75,8 @@ def gaussian_part(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def label(tile: StreamTile) -> str:
     """A tile in a few characters."""
     name = f"{tile.rows} rows w{tile.warps} st{tile.stages}"
-    return name + (f" k{tile.split_k}" if tile.split_k > 1 else "")
+    name += f" k{tile.split_k}" if tile.split_k > 1 else ""
+    return name + " masked" * tile.masked
 
 
 def timed(
@@ -175,13 +178,19 @@ def bench_moe(report: Report, sets: list[Experts], num_tokens: int, pairs: list[
 
     case = f"moe nvfp4 T={num_tokens}"
     for pair in pairs:
-        name = f"{label(pair[0])} / {label(pair[1])}"
+        name = label(pair[0]) if pair[0] == pair[1] else f"{label(pair[0])} / {label(pair[1])}"
         calls = [lambda w=w, pair=pair: op(w, pair) for w in sets]
         timed(report, case, name, calls, expected, 0.09, 1.5 * up_bytes, 1.5 * flops)
         calls = [lambda w=w, pair=pair: up(w, pair[0]) for w in sets]
         timed(report, f"{case} up", label(pair[0]), calls, None, 0.0, up_bytes, flops)
         calls = [lambda w=w, pair=pair: down(w, pair[1]) for w in sets]
         timed(report, f"{case} down", label(pair[1]), calls, None, 0.0, up_bytes / 2, flops / 2)
+    if num_tokens >= 2048:
+        calls = [
+            lambda w=w: moe_nvfp4.moe_nvfp4_unpacked(x, ids, scores, w.repacked_up, w.repacked_down, None)
+            for w in sets
+        ]
+        timed(report, case, "decoded to memory first", calls, expected, 0.09, 1.5 * up_bytes, 1.5 * flops)
     calls = [lambda w=w: op(w, None) for w in sets]
     timed(report, case, "table", calls, expected, 0.09, 1.5 * up_bytes, 1.5 * flops)
 

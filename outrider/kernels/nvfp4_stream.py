@@ -35,12 +35,16 @@ _async_load = (
 
 @dataclass(frozen=True)
 class StreamTile:
-    """Launch constants: activation rows of a tile, warps (16 weight rows each), pipeline stages, depth splits."""
+    """Launch constants: activation rows of a tile, warps (16 weight rows each), pipeline stages, depth splits.
+
+    ``masked``: rows behind a group's end are zeros instead of whatever follows; saves reading them.
+    """
 
     rows: int
     warps: int
     stages: int
     split_k: int = 1
+    masked: bool = False
 
 
 def _decode_asm(first_block: int) -> str:
@@ -93,19 +97,11 @@ def _decode_half(words, scales, ASM: gl.constexpr, layout: gl.constexpr):
         ASM,
         _CONSTRAINTS,
         [words, scales],
-        dtype=(
-            gl.float8e4nv,
-            gl.float8e4nv,
-            gl.float8e4nv,
-            gl.float8e4nv,
-            gl.float8e4nv,
-            gl.float8e4nv,
-            gl.float8e4nv,
-            gl.float8e4nv,
-        ),
+        dtype=(gl.float8e4nv, gl.float8e4nv, gl.float8e4nv, gl.float8e4nv,
+               gl.float8e4nv, gl.float8e4nv, gl.float8e4nv, gl.float8e4nv),
         is_pure=True,
         pack=4,
-    )
+    )  # fmt: skip
     return _operand(p0, p1, p2, p3, layout), _operand(p4, p5, p6, p7, layout)
 
 
@@ -133,14 +129,15 @@ def _find_tile(offsets_ptr, tile, tiles_n, ROWS: gl.constexpr, EXPERTS: gl.const
 
 @gluon.jit
 def _copy_step(
-    x_ptrs, w_ptrs, s_ptrs, x_smem, w_smem, s_smem, step, limit, STAGES: gl.constexpr, CHUNK: gl.constexpr
-):
+    x_ptrs, x_mask, w_ptrs, s_ptrs, x_smem, w_smem, s_smem, step, limit,
+    STAGES: gl.constexpr, CHUNK: gl.constexpr,
+):  # fmt: skip
     """Start copying chunk ``step`` into its stage; an empty group when past the end keeps the count of groups."""
     if step < limit:
         stage = step % STAGES
         _async_load(w_smem.index(stage), w_ptrs + step * (64 * CHUNK // 16))
         _async_load(s_smem.index(stage), s_ptrs + step * (64 * CHUNK // 16))
-        _async_load(x_smem.index(stage), x_ptrs + step * CHUNK)
+        _async_load(x_smem.index(stage), x_ptrs + step * CHUNK, x_mask)
     async_copy.commit_group()
 
 
@@ -163,6 +160,7 @@ def _stream_kernel(
     ROWS: gl.constexpr,
     CHUNK: gl.constexpr,
     STAGES: gl.constexpr,
+    MASKED: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     # num_outputs counts stored weight rows: gate and up rows when GATED.
@@ -220,16 +218,20 @@ def _stream_kernel(
         x_starts = (row + pieces % ROWS).to(gl.int64) * depth + pieces // ROWS * 128
         x_ptrs = x_ptr + x_starts[:, None] + gl.arange(0, 128, gl.SliceLayout(0, rows_of_16))[None, :]
 
+        x_mask = None
+        if MASKED:
+            x_mask = (row + pieces % ROWS < end)[:, None]
+
         for ahead in gl.static_range(STAGES - 1):
-            _copy_step(x_ptrs, w_ptrs, s_ptrs, x_smem, w_smem, s_smem, first + ahead, limit, STAGES, CHUNK)
+            _copy_step(x_ptrs, x_mask, w_ptrs, s_ptrs, x_smem, w_smem, s_smem, first + ahead, limit,
+                       STAGES, CHUNK)  # fmt: skip
         acc = gl.zeros((M, ROWS), gl.float32, mma)
         for step in range(first, limit):
             async_copy.wait_group(STAGES - 2)
             fence_async_shared()
             _barrier()
-            _copy_step(
-                x_ptrs, w_ptrs, s_ptrs, x_smem, w_smem, s_smem, step + STAGES - 1, limit, STAGES, CHUNK
-            )
+            _copy_step(x_ptrs, x_mask, w_ptrs, s_ptrs, x_smem, w_smem, s_smem, step + STAGES - 1, limit,
+                       STAGES, CHUNK)  # fmt: skip
             stage = step % STAGES
             x = x_smem.index(stage)
             words = w_smem.index(stage).load(word_layout)
@@ -343,6 +345,7 @@ def stream_triton(
         ROWS=tile.rows,
         CHUNK=CHUNK,
         STAGES=tile.stages,
+        MASKED=tile.masked,
         num_warps=tile.warps,
     )
     if tile.split_k > 1:
@@ -374,7 +377,7 @@ def _aot_spec(tile: StreamTile, gated: bool):
     pointers["out_ptr"] = "*bf16" if tile.split_k == 1 else "*fp32"
     numbers = dict.fromkeys(("num_rows", "num_outputs", "depth"), "i32")
     constants = {"GATED": gated, "SPLIT_K": tile.split_k, "EXPERTS": 16, "ROWS": tile.rows, "CHUNK": CHUNK}
-    constants |= {"STAGES": tile.stages, "num_warps": tile.warps}
+    constants |= {"STAGES": tile.stages, "MASKED": tile.masked, "num_warps": tile.warps}
     aligned = (*pointers, "num_outputs", "depth")  # as a launch finds them; 16-byte copies need to know
     return _stream_kernel, pointers | numbers, constants, {"num_warps": tile.warps}, aligned
 
@@ -382,23 +385,16 @@ def _aot_spec(tile: StreamTile, gated: bool):
 AOT_SPECS = [
     (
         _add_splits_kernel,
-        {
-            "partial_ptr": "*fp32",
-            "out_ptr": "*bf16",
-            "offsets_ptr": "*i32",
-            "index_ptr": "*i32",
-            "x_scale_ptr": "*fp32",
-            "global_scale_ptr": "*fp32",
-            "num_rows": "i32",
-            "num_outputs": "i32",
-        },
+        dict.fromkeys(("partial_ptr", "x_scale_ptr", "global_scale_ptr"), "*fp32")
+        | {"out_ptr": "*bf16", "offsets_ptr": "*i32", "index_ptr": "*i32"}
+        | {"num_rows": "i32", "num_outputs": "i32"},
         {"EXPERTS": 16, "SPLIT_K": 4, "BLOCK": 1024},
     ),
 ]
 HOPPER_AOT_SPECS = [
     _aot_spec(StreamTile(16, 4, 4), gated=True),
     _aot_spec(StreamTile(16, 4, 4, split_k=4), gated=False),
-    _aot_spec(StreamTile(64, 8, 3), gated=True),
+    _aot_spec(StreamTile(64, 4, 2, masked=True), gated=True),
     _aot_spec(StreamTile(128, 8, 2), gated=False),
 ]
 """Compiled for sm_90 only: the instruction does not exist elsewhere."""

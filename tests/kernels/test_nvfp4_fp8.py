@@ -83,7 +83,14 @@ def test_which_matrices_divide_into_tiles():
 
 @pytest.mark.skipif(not GPU, reason="Gluon kernels have no interpreter; benchmarks check them too")
 @pytest.mark.parametrize("tokens", [1, 37, 300, 2000])
-@pytest.mark.parametrize("tiles", [None, (StreamTile(32, 4, 3), StreamTile(16, 8, 3, split_k=2))])
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        None,
+        (StreamTile(32, 4, 3), StreamTile(16, 8, 3, split_k=2)),
+        (StreamTile(64, 4, 2, masked=True), StreamTile(64, 4, 2, masked=True)),
+    ],
+)
 @pytest.mark.parametrize("expert_range", [None, (2, 4)])
 def test_experts_streamed_as_fp8(tokens, tiles, expert_range):
     """Guards: ragged groups, rows of other ranks, split depth, gate and up mixed up."""
