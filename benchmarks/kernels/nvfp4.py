@@ -127,7 +127,7 @@ def accuracy() -> None:
 
 
 def bench_dense(report: Report, name: str) -> None:
-    """One dense shape, decoded once to FP8 rows, over row counts; beside it the product that keeps four bits."""
+    """One dense shape, decoded once to FP8 rows, over row counts; for few rows beside it four bits, streamed."""
     num_outputs, depth = DENSE[name]
     sets = [gaussian_weights(num_outputs, depth) for _ in range(4)]
     rows_sets = [nvfp4.nvfp4_to_fp8_rows(*weights) for weights in sets]
@@ -137,6 +137,29 @@ def bench_dense(report: Report, name: str) -> None:
         case, flops = f"nvfp4 {name} T={rows}", 2.0 * rows * num_outputs * depth
         calls = [lambda w=w, x=x: nvfp4.fp8_rows_linear(x, *w) for w in rows_sets]
         timed(report, case, "fp8 rows", calls, x.float() @ exact.T, 0.05, exact.numel(), flops)
+    repacked = [(packed[None].clone(), scale[None].clone(), top) for packed, scale, top in sets]
+    for packed, scale, _ in repacked:
+        repack_nvfp4_(packed, scale, gated=False)
+    for rows in (1, 16):
+        x = torch.randn(rows, depth, device="cuda", dtype=torch.bfloat16)
+        case, flops = f"nvfp4 {name} T={rows}", 2.0 * rows * num_outputs * depth
+        for split_k in (1, 2, 4):
+            tile = StreamTile(16, 4, 4, split_k)
+            calls = [lambda w=w, x=x, tile=tile: stream_dense(x, w, tile) for w in repacked]
+            timed(report, case, label(tile), calls, x.float() @ exact.T, 0.06, exact.numel() * 9 / 16, flops)
+
+
+def stream_dense(x: torch.Tensor, weights: Weights, tile: StreamTile) -> torch.Tensor:
+    """``x @ W.T`` for few rows: the streamed product with one expert that takes every row."""
+    num_rows = x.shape[0]
+    offsets = torch.arange(0, 2 * num_rows, num_rows, dtype=torch.int32, device=x.device)
+    index = torch.arange(num_rows, dtype=torch.int32, device=x.device)
+    codes, scale = quantize_stream(x)
+    out = torch.empty((num_rows, weights[0].shape[1]), dtype=x.dtype, device=x.device)
+    stream_triton(
+        SortedRows(codes, index, offsets, scale, num_rows), *weights, out=out, tile=tile, gated=False
+    )
+    return out
 
 
 class Experts:
