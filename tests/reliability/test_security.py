@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
+from outrider.cli.parser import parse_serve
 from outrider.cli.serve import api_keys
 from outrider.config import ServerConfig
 from outrider.engine.kv_manager import KVManager
@@ -150,6 +151,13 @@ def test_keys_come_from_flag_file_or_environment(tmp_path: Path) -> None:
             api_keys(ServerConfig(api_key_file=str(file)), {})
     with pytest.raises(ConfigError, match="cannot be read"):
         api_keys(ServerConfig(api_key_file=str(tmp_path / "none")), {})
+
+
+def test_keys_of_the_command_line_are_hidden() -> None:
+    """Guards against the start-up line that repeats the flags, key included."""
+    settings = parse_serve(["--api-key", "abc-secret", "--hf-token", "def-secret"])
+    assert settings.server.api_key == ["abc-secret"]
+    assert "secret" not in repr(settings.given) + repr(settings.notes)
 
 
 def test_keys_are_compared_in_constant_time() -> None:

@@ -1,0 +1,219 @@
+"""A long mixed load on a real server: does memory grow, do probes lie, does anything fail that should not?
+
+    python -m benchmarks.soak [--minutes 30] [--model FOLDER] [--clients 16] [-- SERVE FLAGS]
+
+Streams, whole answers, several choices, grammars, disconnects, wrong requests and prefix hits, all at once. Samples
+the resident memory of every process and the probes once a second. Writes ``benchmarks/results/soak.html`` (the plot)
+and ``soak.json``; exits 1 when memory grows faster than ``MAX_SLOPE_MB`` an hour after warm-up, when a probe
+fails, when the engine is restarted, or when an answer is a 500.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from outrider.tools.plots import Series, line_plot, page, table
+
+RESULTS = Path(__file__).parent / "results"
+MAX_SLOPE_MB = 5.0
+WARM_UP_SHARE = 0.25
+"""The first part of the run, in which pools and caches fill, does not count for the slope."""
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+class Server:
+    """The process under load and the URL that its log names."""
+
+    def __init__(self, model: str | None, flags: list[str]) -> None:
+        command = [sys.executable, "-m", "outrider", "serve", *([model] if model else [])]
+        command += ["--host", "127.0.0.1", "--port", "0", "--disable-uvicorn-access-log", *flags]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert self.process.stderr is not None
+        self.url = ""
+        for line in self.process.stderr:
+            sys.stderr.write(line)
+            if match := re.search(r"Starting outrider server on (http://\S+)", line):
+                self.url = match[1]
+            if "Application startup complete." in line:
+                break
+        threading.Thread(target=self._drain, daemon=True).start()
+
+    def _drain(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if "ERROR" in line:
+                sys.stderr.write(line)
+
+    def resident_mb(self) -> dict[str, float]:
+        """Resident memory of the front end and of everything below it, in MB."""
+        sizes = {"front end": _resident_mb(self.process.pid)}
+        sizes["engine"] = sum(_resident_mb(pid) for pid in _children(self.process.pid))
+        return sizes
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in file.read_text().split():
+                found += [int(child), *_children(int(child))]
+    return found
+
+
+def _resident_mb(pid: int) -> float:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    return 0.0
+
+
+def request_of(rng: random.Random) -> tuple[dict[str, Any], float | None]:
+    """A body and, for clients that leave early, after how many seconds."""
+    words = " ".join(
+        rng.choice(("sea", "train", "bread", "moon", "proof", "engine")) for _ in range(rng.randrange(1, 60))
+    )
+    body: dict[str, Any] = {
+        "prompt": words,
+        "max_tokens": rng.randrange(1, 80),
+        "temperature": rng.choice((0, 1)),
+    }
+    body["stream"] = rng.random() < 0.6
+    kind = rng.random()
+    if kind < 0.1:
+        body |= {"n": 3, "temperature": 1}
+    elif kind < 0.2:
+        body["logprobs"] = 5
+    elif kind < 0.25:
+        body["response_format"] = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}
+    elif kind < 0.3:
+        body["max_tokens"] = rng.choice((-1, 10**9, "x"))
+    return body, rng.random() if rng.random() < 0.15 else None
+
+
+class Load:
+    """The clients, and what they saw."""
+
+    def __init__(self, url: str, end_s: float) -> None:
+        self._url = url
+        self._end_s = end_s
+        self.statuses: dict[str, int] = {}
+
+    async def client(self, seed: int) -> None:
+        """One client, one request after the other."""
+        rng = random.Random(seed)
+        async with httpx.AsyncClient(base_url=self._url, timeout=120) as http:
+            while time.monotonic() < self._end_s:
+                body, patience_s = request_of(rng)
+                try:
+                    answer = await asyncio.wait_for(http.post("/v1/completions", json=body), patience_s)
+                    outcome = str(answer.status_code)
+                except TimeoutError:
+                    outcome = "left"
+                self.statuses[outcome] = self.statuses.get(outcome, 0) + 1
+
+
+async def run(server: Server, minutes: float, clients: int) -> dict[str, Any]:
+    """Load and samples until the time is over."""
+    start = time.monotonic()
+    load = Load(server.url, start + minutes * 60)
+    workers = [asyncio.create_task(load.client(seed)) for seed in range(clients)]
+    times: list[float] = []
+    memory: dict[str, list[float]] = {"front end": [], "engine": []}
+    failed_probes = 0
+    async with httpx.AsyncClient(base_url=server.url, timeout=10) as http:
+        while not all(worker.done() for worker in workers):
+            times.append((time.monotonic() - start) / 60)
+            for name, size in server.resident_mb().items():
+                memory[name].append(size)
+            failed_probes += (await http.get("/readyz")).status_code != 200
+            await asyncio.sleep(1)
+        metrics = (await http.get("/metrics")).text
+    for worker in workers:
+        worker.result()
+    counts = dict(re.findall(r"^(engine_\w+_total)\{.*\} (\S+)$", metrics, re.MULTILINE))
+    slopes = {name: slope_mb_per_hour(times, sizes) for name, sizes in memory.items()}
+    return {
+        "minutes": round(times[-1], 2),
+        "answers": load.statuses,
+        "failed_probes": failed_probes,
+        **{name: float(value) for name, value in counts.items()},
+        "slope_mb_per_hour": slopes,
+        "times_min": times,
+        "memory_mb": memory,
+    }
+
+
+def slope_mb_per_hour(times_min: list[float], sizes_mb: list[float]) -> float:
+    """Least squares over the samples after warm-up."""
+    skip = int(len(times_min) * WARM_UP_SHARE)
+    hours = np.array(times_min[skip:]) / 60
+    return round(float(np.polyfit(hours, np.array(sizes_mb[skip:]), 1)[0]), 3)
+
+
+def write(result: dict[str, Any], folder: Path) -> None:
+    """The plot and the numbers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    series = [Series(name, result["times_min"], sizes) for name, sizes in result["memory_mb"].items()]
+    rows = [
+        [key, json.dumps(value)] for key, value in result.items() if key not in ("times_min", "memory_mb")
+    ]
+    intro = "Mixed load on one server; resident memory of its processes, sampled once a second."
+    plot = line_plot("Resident memory", "minutes", "MB", series)
+    (folder / "soak.html").write_text(page("Soak", intro, [table(["", ""], rows)], [plot]), encoding="utf-8")
+    summary = {key: value for key, value in result.items() if key not in ("times_min", "memory_mb")}
+    (folder / "soak.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(summary))
+
+
+def is_good(result: dict[str, Any]) -> bool:
+    """Whether every promise was kept."""
+    return (
+        max(result["slope_mb_per_hour"].values()) < MAX_SLOPE_MB
+        and result["failed_probes"] == 0
+        and result["engine_stalled_total"] == 0
+        and result["engine_restarts_total"] == 0
+        and "500" not in result["answers"]
+    )
+
+
+def main(argv: list[str]) -> int:
+    """The command; see the module."""
+    own, _, flags = (
+        (argv, None, []) if "--" not in argv else (argv[: argv.index("--")], 0, argv[argv.index("--") + 1 :])
+    )
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--model", help="default: the embedded model")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args(own)
+    server = Server(args.model, flags)
+    try:
+        result = asyncio.run(run(server, args.minutes, args.clients))
+    finally:
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(60)
+    write(result, args.results)
+    return 0 if is_good(result) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
