@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 
 from outrider import __version__
 from outrider.config import EngineConfig, ServerConfig
@@ -20,7 +21,7 @@ from outrider.server.call import read_body
 from outrider.server.chat import create_chat_completion
 from outrider.server.completions import create_completion
 from outrider.server.context import ServerContext
-from outrider.server.errors import JSONResponse, handle_error
+from outrider.server.errors import JSONResponse, handle_disconnect, handle_error
 from outrider.server.media import MediaLoader
 from outrider.server.metrics import Metrics
 from outrider.server.middleware import Gate
@@ -61,6 +62,7 @@ def create_app(
     app.state.context = context
     for error in (RequestError, EngineError, Exception):
         app.add_exception_handler(error, handle_error)
+    app.add_exception_handler(ClientDisconnect, handle_disconnect)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=server_config.allowed_origins,

@@ -52,3 +52,8 @@ def error_response(error: Exception) -> Response:
 async def handle_error(request: Request, error: Exception) -> Response:
     """Exception handler of the application; unexpected errors are logged by the HTTP server."""
     return error_response(error)
+
+
+async def handle_disconnect(request: Request, error: Exception) -> Response:
+    """The client left before its body was whole: nobody reads this, and nothing is wrong."""
+    return Response(status_code=499)

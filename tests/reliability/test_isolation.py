@@ -6,6 +6,8 @@ import asyncio
 import json
 import random
 import shutil
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,18 @@ def test_disconnects_leave_the_ledger_whole(server: Server) -> None:
     asyncio.run(all_of_them(scaled(300, 10_000)))
     server.wait_idle(60)
     assert control(server) == before
+
+
+def test_half_a_body_is_no_error(server: Server) -> None:
+    """Guards against a traceback in the log for every client that leaves while it still sends."""
+    start = len(server.lines)
+    for length in (0, 3):
+        with socket.create_connection(("127.0.0.1", server.port)) as sock:
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            sock.sendall(head + b"Content-Length: 100\r\n\r\n" + b'{"a'[:length])
+            time.sleep(0.3)
+    assert server.complete().status_code == 200
+    assert "Traceback" not in "".join(server.lines[start:])
 
 
 def test_blocks_are_free_within_a_step(server: Server) -> None:
