@@ -1,6 +1,7 @@
 """Kernels, one operation a file: contract, plain-torch reference, Triton kernel, launcher.
 
-Called by ``models``, ``quant`` and the runner's sampler. Imports torch and triton, nothing of outrider outside this folder.
+Called by ``models``, ``quant`` and the runner's sampler. Imports torch and triton, and nothing of outrider outside
+this folder.
 """
 
 from __future__ import annotations

@@ -26,8 +26,9 @@ TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.f
 class DecodeTile(NamedTuple):
     """Launch constants: tokens a step of the loop reads, warps, pipeline depth, programs wanted for each SM.
 
-    H200, 2026-11-23, 8 kv heads of 128 in FP8: 512 x 1,536 tokens in 413 us = 3.9 TB/s (3 stages: 446 us), 150 x 1,536
-    in 145 us (157 us); 2 warps with 3 stages come near at 422 and 146 us. benchmarks/results/kernels_attention_h200.json
+    H200, 2026-11-23, 8 kv heads of 128 in FP8: 512 x 1,536 tokens in 413 us = 3.9 TB/s (3 stages: 446 us), 150 x
+    1,536 in 145 us (157 us); 2 warps with 3 stages come near at 422 and 146 us.
+    benchmarks/results/kernels_attention_h200.json
     """
 
     tokens: int = 64

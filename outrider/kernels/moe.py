@@ -142,11 +142,15 @@ def moe_nvfp4(
     ``w13`` u8 [E, 2I, M/2], block scales e4m3 [E, 2I, M/16], global scale f32 of one element; ``w2`` likewise
     [E, M, I/2]. ``fp8_activations``: see ``nvfp4_linear``.
     """
-    arguments = (x, expert_ids, scores, w13, w13_block_scale, w13_global_scale)
-    arguments += (w2, w2_block_scale, w2_global_scale, expert_range)
     if not on_gpu(x):
-        return moe_nvfp4_reference(*arguments)
-    return moe_nvfp4_triton(*arguments, fp8_activations)
+        return moe_nvfp4_reference(
+            x, expert_ids, scores, w13, w13_block_scale, w13_global_scale,
+            w2, w2_block_scale, w2_global_scale, expert_range,
+        )  # fmt: skip
+    return moe_nvfp4_triton(
+        x, expert_ids, scores, w13, w13_block_scale, w13_global_scale,
+        w2, w2_block_scale, w2_global_scale, expert_range, fp8_activations,
+    )  # fmt: skip
 
 
 def moe_bf16_triton(

@@ -197,10 +197,10 @@ def _stream_kernel(
                 [M * 32],
             )
         else:
-            word_layout: gl.constexpr = gl.DistributedLinearLayout(
+            word_layout: gl.constexpr = gl.DistributedLinearLayout(  # type: ignore[no-redef]
                 [[1], [256], [512], [1024]], [[2], [4], [8], [16], [32]], [[64], [128]], [], [M * 32]
             )
-            scale_layout: gl.constexpr = gl.DistributedLinearLayout(
+            scale_layout: gl.constexpr = gl.DistributedLinearLayout(  # type: ignore[no-redef]
                 [[1], [2], [4], [8]], [[16], [32], [64], [128], [256]], [[512], [1024]], [], [M * 32]
             )
 

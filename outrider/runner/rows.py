@@ -130,18 +130,24 @@ class RowTable:
     def uniforms(self, rows: IntArray, output_index: IntArray) -> NDArray[np.float32]:
         """One number in (0, 1) per sampled token, a pure function of the request's seed and the token's index.
 
-        SplitMix64 (Steele, Lea, Flood 2014), so a draw never depends on the batch, the step or the device.
+        So a draw never depends on the batch, the step or the device. The seed is mixed before the index is added,
+        or neighbouring seeds would draw the same numbers one token apart.
         """
-        with np.errstate(over="ignore"):
-            x = self.seed[rows] * _GOLDEN + (output_index.astype(np.uint64) + np.uint64(1)) * _GOLDEN
-            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            x ^= x >> np.uint64(31)
+        x = _mix(_mix(self.seed[rows]) + output_index.astype(np.uint64))
         # 23 bits and a half step: never 0, never rounded up to 1 in float32.
         uniform: NDArray[np.float32] = (((x >> np.uint64(41)).astype(np.float64) + 0.5) * 2.0**-23).astype(
             np.float32
         )
         return uniform
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The output function of SplitMix64 (Steele, Lea, Flood 2014), one step on."""
+    with np.errstate(over="ignore"):
+        x = x + _GOLDEN
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def _concat_ids(slices: list[SeqSlice], num_tokens: int) -> IntArray:
