@@ -23,6 +23,7 @@ from outrider.kernels import op_table
 from outrider.kv_layout import KVLayout, plan_layout
 from outrider.models.config import ModelConfig
 from outrider.models.config_hf import load_model_config
+from outrider.models.memory import weight_bytes
 from outrider.parallel import Parallel
 from outrider.runner.executor import InlineExecutor
 from outrider.runner.ledger import Ledger
@@ -85,6 +86,14 @@ def _build_parallel(
     """The same with a process per rank; the smallest rank's memory decides."""
     model_config = load_model_config(config.model)
     resolved = resolve(config, model_config)
+    split = Parallel(
+        tp_size=config.tensor_parallel_size,
+        pp_size=config.pipeline_parallel_size,
+        expert_parallel=config.enable_expert_parallel,
+    )
+    weight_bytes(
+        model_config, split, resolved.dtype
+    )  # a split that does not divide ends here, before any rank
     workers = Workers(config, on_progress)
     clock.mark("load")
     loaded = workers.loaded
