@@ -65,7 +65,8 @@ class _ChoiceWriter:
 
     def __init__(self, context: ServerContext, body: CompletionBody, choice: Choice) -> None:
         prompt_ids = choice.request.prompt_token_ids
-        self.prompt_ids = prompt_ids if body.return_token_ids else None
+        self.returns_ids = bool(body.return_token_ids)
+        self._prompt_ids: list[int] | None = prompt_ids
         self.plain = not (body.echo or body.logprobs is not None or body.return_token_ids)
         self._tokenizer = context.tokenizer
         self._echo_ids = prompt_ids if body.echo and not body.return_token_ids else None
@@ -84,6 +85,11 @@ class _ChoiceWriter:
             entries = [*(delta.prompt_logprobs or repeat(None, len(self._echo_ids))), *entries]
             self._echo_ids = None
         return self._logprobs.write(ids, entries) if self._logprobs else None
+
+    def take_prompt_ids(self) -> list[int] | None:
+        """The prompt's token ids, once: later chunks of a stream do not repeat them."""
+        ids, self._prompt_ids = self._prompt_ids, None
+        return ids
 
     def _echo_text(self, prompt: Prompt) -> str:
         return self._tokenizer.decode(prompt.ids) if prompt.text is None else prompt.text
@@ -163,8 +169,8 @@ async def _whole(call: Call, generation: Generation, writers: list[_ChoiceWriter
             texts[choice.index].append(delta.text)
             out.logprobs = _joined(out.logprobs, new)
             out.finish_reason, out.stop_reason = delta.finish_reason, delta.stop_reason
-            if writer.prompt_ids is not None:
-                out.prompt_token_ids = writer.prompt_ids
+            if writer.returns_ids:
+                out.prompt_token_ids = out.prompt_token_ids or writer.take_prompt_ids()
                 out.token_ids = out.token_ids or []
                 out.token_ids += delta.token_ids
     for out, parts in zip(choices, texts, strict=True):
@@ -197,8 +203,8 @@ async def _frames(
             if not writer.plain:
                 prompt = generation.prompts[choice.index // generation.n]
                 logprobs = _encode(writer.apply(delta, prompt))
-                if writer.prompt_ids is not None:
-                    ids = _encode(writer.prompt_ids), _encode(delta.token_ids)
+                if writer.returns_ids:
+                    ids = _encode(writer.take_prompt_ids()), _encode(delta.token_ids)
                     extra = b',"prompt_token_ids":%b,"token_ids":%b' % ids
             tail = ending(delta.finish_reason, delta.stop_reason) + extra
             member = b'"text":%b,"logprobs":%b%b' % (_encode(delta.text), logprobs, tail)

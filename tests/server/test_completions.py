@@ -262,6 +262,14 @@ def test_return_token_ids(server: Server, tokenizer: Tokenizer) -> None:
     assert choice["logprobs"]["tokens"] == [f"token_id:{i}" for i in reply]
 
 
+def test_streamed_prompt_token_ids_come_once(server: Server) -> None:
+    """Guards against a stream that repeats a long prompt's ids in every chunk."""
+    body = dict(prompt=[5, 6], max_tokens=4, return_token_ids=True)
+    choices = [c["choices"][0] for c in events(server.post("/v1/completions", stream=True, **body))]
+    assert [c["prompt_token_ids"] for c in choices] == [[5, 6]] + [None] * (len(choices) - 1)
+    assert len(choices) > 1 and all(c["token_ids"] for c in choices)
+
+
 def test_truncation(server: Server) -> None:
     """Guards truncate_prompt_tokens: the left is dropped unless the right is asked for."""
     for side, kept in ((None, [3, 4]), ("left", [3, 4]), ("right", [1, 2])):
