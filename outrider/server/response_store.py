@@ -50,13 +50,14 @@ class ResponseStore:
         while self._num_bytes > self._max_bytes or len(self._entries) > self._max_responses:
             self.drop(next(iter(self._entries)))
 
-    def get(self, response_id: str, tenant: str) -> StoredResponse:
-        """The entry of ``response_id``; ``NotFoundError`` if it is unknown, forgotten or another key's."""
+    def get(self, response_id: str, tenant: str, param: str = "response_id") -> StoredResponse:
+        """The entry of ``response_id``; ``NotFoundError`` if it is unknown, forgotten or another key's.
+
+        ``param`` names the field that the id came in.
+        """
         entry = self._entries.get(response_id)
         if entry is None or entry.tenant != tenant:
-            raise NotFoundError(
-                f"There is no response '{response_id}'; it may be forgotten.", param="response_id"
-            )
+            raise NotFoundError(f"There is no response '{response_id}'; it may be forgotten.", param=param)
         self._entries.move_to_end(response_id)
         return entry
 

@@ -97,7 +97,8 @@ class Responses:
         call = Call.begin(self._context, http, body, "resp_")
         earlier: list[dict[str, Any]] = []
         if body.previous_response_id is not None:
-            earlier = self._store.get(body.previous_response_id, tenant_of(http)).messages
+            previous = body.previous_response_id
+            earlier = self._store.get(previous, tenant_of(http), "previous_response_id").messages
         new = input_messages(body.input)
         chat = chat_body(body, earlier, new)
         use = tool_use(chat.tools, body.tool_choice if chat.tools else None, body.parallel_tool_calls)

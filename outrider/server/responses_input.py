@@ -46,6 +46,8 @@ def check_body(body: ResponsesBody) -> None:
         raise RequestError("top_logprobs is available in /v1/chat/completions only.", param="top_logprobs")
     if body.truncation not in (None, "disabled"):
         raise RequestError("truncation can only be 'disabled'.", param="truncation")
+    if body.max_output_tokens == 0:
+        raise RequestError("max_output_tokens must be at least 1, got 0.", param="max_output_tokens")
     if body.background and body.stream:
         raise RequestError("A background response cannot be streamed; poll it by its id.", param="background")
     if body.background and body.store is False:

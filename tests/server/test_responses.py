@@ -206,6 +206,7 @@ def test_engine_errors(make_server: Callable[..., Server], tokenizer: Tokenizer,
 BAD: list[dict[str, Any]] = [
     {"input": []},
     {"input": "x", "n": 2},
+    {"input": "x", "max_output_tokens": 0},
     {"input": "x", "truncation": "auto"},
     {"input": "x", "tools": [{"type": "web_search"}]},
     {"input": "x", "background": True, "stream": True},
