@@ -43,7 +43,13 @@ def field_fault(name: str, value: Any, meta: Any) -> str | None:
         if above is not None and not value > above:
             return f"{flag_name(name)} {value} must be above {above}{f' and at most {high}' if high else ''}."
         if (low is not None and value < low) or (high is not None and not value <= high):
-            bounds = f"{low} to {high}" if high is not None else f"at least {low}"
+            bounds = (
+                f"at least {low}"
+                if high is None
+                else f"at most {high}"
+                if low is None
+                else f"{low} to {high}"
+            )
             return f"{flag_name(name)} {value} is out of range; use {bounds}."
     return None
 

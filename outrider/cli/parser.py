@@ -131,8 +131,9 @@ def _converter(item: Option) -> Any:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings of a ``--config`` file by field name; false means false."""
+    content = load_yaml(path)
     try:
-        return dict(yaml_setting(str(key), value) for key, value in load_yaml(path).items())
+        return dict(yaml_setting(str(key), value) for key, value in content.items())
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 

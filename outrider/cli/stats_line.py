@@ -23,6 +23,8 @@ async def log_stats(read: Callable[[], EngineStats], interval_s: float = INTERVA
     while True:
         await asyncio.sleep(interval_s)
         now, at = read(), loop.time()
+        if now.steps < before.steps:  # a new engine process counts from zero
+            before = EngineStats()
         if now.num_running or now.num_waiting or now.steps != before.steps:
             logger.info(stats_line(before, now, at - since))
         before, since = now, at

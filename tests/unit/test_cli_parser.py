@@ -197,6 +197,7 @@ def test_mistakes_are_answered_in_one_sentence(line: str, sentence: str) -> None
     with pytest.raises(ConfigError) as caught:
         parse_serve(shlex.split(line))
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).count("absent.yaml") <= 1
 
 
 def write(path: Path, text: str) -> Path:

@@ -163,6 +163,22 @@ def test_statistics_only_while_there_is_work(caplog: pytest.LogCaptureFixture) -
     assert len(caplog.records) == 1 and "Avg generation throughput" in caplog.text
 
 
+def test_statistics_after_a_new_engine(caplog: pytest.LogCaptureFixture) -> None:
+    """Guards against negative rates in the first line after an engine process was started again."""
+    snapshots = [EngineStats(steps=90, prompt_tokens=700, generation_tokens=80)]
+
+    async def scenario() -> None:
+        task = asyncio.create_task(log_stats(lambda: snapshots[-1], interval_s=0.05))
+        await asyncio.sleep(0.02)
+        snapshots.append(EngineStats(steps=2, prompt_tokens=7, generation_tokens=2))
+        await asyncio.sleep(0.2)
+        task.cancel()
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(scenario())
+    assert len(caplog.records) == 1 and "throughput: -" not in caplog.text
+
+
 def children(pid: int) -> list[int]:
     """The process ids of a process's children."""
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -37,6 +37,12 @@ def test_engine_config_refuses_values_out_of_range(name: str, value: Any) -> Non
         EngineConfig(**{name: value})
 
 
+def test_a_bound_that_is_absent_is_not_named() -> None:
+    """Guards against 'use None to 1' for a field that has an upper bound and must be above the lower one."""
+    with pytest.raises(ConfigError, match=r"1\.5 is out of range; use at most 1\.$"):
+        EngineConfig(gpu_memory_utilization=1.5)
+
+
 @pytest.mark.parametrize("port", [-1, 65_536, 2**31])
 def test_server_config_refuses_ports_that_do_not_exist(port: int) -> None:
     """Guards against an OverflowError from bind(), minutes later, instead of a sentence."""
