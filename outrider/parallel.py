@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from outrider.errors import ConfigError
+
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
@@ -58,6 +60,10 @@ class Parallel:
 
     def layer_range(self, num_layers: int) -> range:
         """The layers of this pipeline stage; the first stages take the remainder."""
+        if self.pp_size > num_layers:
+            raise ConfigError(
+                f"--pipeline-parallel-size {self.pp_size} is more than the model's {num_layers} layers; lower it."
+            )
         base, extra = divmod(num_layers, self.pp_size)
         start = self.pp_rank * base + min(self.pp_rank, extra)
         return range(start, start + base + (self.pp_rank < extra))
@@ -65,8 +71,6 @@ class Parallel:
     def shard(self, size: int, what: str) -> tuple[int, int]:
         """``(start, length)`` of this rank's part of a dimension of ``size``; it must divide evenly."""
         if size % self.tp_size:
-            from outrider.errors import ConfigError
-
             raise ConfigError(
                 f"{what} ({size}) cannot be split over --tensor-parallel-size {self.tp_size}; choose a divisor of it."
             )

@@ -147,10 +147,12 @@ def plan_kv(model: Facts, budget: int) -> KVPlan:
             return KVPlan(layout, num_blocks, max_model_len)
         fitting = int(max_model_len * (num_blocks - 1) / needed) // resolved.block_size * resolved.block_size
         if config.max_model_len is not None or fitting < 1:
+            choices = [f"--max-model-len {fitting}"] if fitting else []
+            choices += ["--kv-cache-dtype fp8"] if resolved.kv_dtype.itemsize > 1 else []
             raise ConfigError(
-                f"One request of --max-model-len {max_model_len} needs {needed * block_bytes / GIB:.2f} GiB of KV "
-                f"cache and {num_blocks * block_bytes / GIB:.2f} GiB fit; use --max-model-len {fitting}, "
-                "more memory, or --kv-cache-dtype fp8."
+                f"One request of --max-model-len {max_model_len} needs {needed * block_bytes / GIB:.3g} GiB of KV "
+                f"cache and {num_blocks * block_bytes / GIB:.3g} GiB fit; use "
+                f"{' or '.join([*choices, 'more memory'])}."
             )
         logger.info("The KV cache does not hold %d tokens; --max-model-len is %d.", max_model_len, fitting)
         max_model_len = fitting

@@ -16,14 +16,35 @@ SHARED = Path(os.environ.get("OUTRIDER_SHARED", Path(__file__).parents[2].parent
 FIXTURE = SHARED / "fixtures/llama4-tiny-a/bf16"
 
 
-@pytest.mark.parametrize("ranks", [3, 64])
-def test_a_split_that_does_not_divide_starts_no_rank(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against 64 processes that each find out, with a traceback, that 4 heads cannot be split so."""
+@pytest.mark.parametrize(("kind", "ranks"), [("tensor", 3), ("tensor", 64), ("pipeline", 64)])
+def test_a_split_that_does_not_divide_starts_no_rank(
+    kind: str, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against 64 processes that each find out, with a traceback, that the model cannot be split so."""
 
     def started(*_: Any) -> None:
         raise AssertionError("rank processes were started")
 
     monkeypatch.setattr(setup, "Workers", started)
-    config = EngineConfig(model=str(FIXTURE), tensor_parallel_size=ranks, device="cpu")
-    with pytest.raises(ConfigError, match="tensor-parallel-size"):
+    split: dict[str, Any] = {f"{kind}_parallel_size": ranks}
+    config = EngineConfig(model=str(FIXTURE), device="cpu", **split)
+    with pytest.raises(ConfigError, match=f"{kind}-parallel-size"):
         setup.build_engine(config, lambda *_: None)
+
+
+@pytest.mark.parametrize(("kv_dtype", "budget"), [("fp8", "100k"), ("float32", "100k"), ("float32", "1")])
+def test_a_cache_too_small_names_only_settings_that_help(kv_dtype: str, budget: str) -> None:
+    """Guards against advice that is in force already (fp8) or cannot be followed (a length of 0)."""
+    size = int(budget.replace("k", "000"))
+    config = EngineConfig(
+        model=str(FIXTURE),
+        device="cpu",
+        max_model_len=4096,
+        kv_cache_dtype=kv_dtype,
+        kv_cache_memory_bytes=size,
+    )
+    with pytest.raises(ConfigError, match="One request of --max-model-len 4096 needs") as caught:
+        setup.build_engine(config, lambda *_: None)
+    message = str(caught.value)
+    assert ("--kv-cache-dtype fp8" in message) == (kv_dtype != "fp8")
+    assert "0 GiB" not in message.replace(".0", "") and "--max-model-len 0" not in message
