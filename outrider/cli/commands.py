@@ -66,6 +66,22 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 141
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads standard output any more, as in ``outrider env | head -1``; then it is closed quietly."""
+    import select
+
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def dispatch(argv: list[str]) -> int:

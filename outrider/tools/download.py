@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from fnmatch import fnmatch
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
@@ -21,6 +21,8 @@ from outrider.errors import ConfigError
 # Weights in other formats and what only training needs: Scout's repositories hold the same weights once.
 _NEVER = ("*.pth", "*.bin", "*.pt", "*.msgpack", "*.h5", "original/*")
 _LINE_INTERVAL_S = 10.0
+# The root of its HTTP library's errors, whichever library the installed huggingface_hub is built on.
+_NETWORK_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"The hub has no model {args.model!r} (or it is private: give --token).") from error
     except HFValidationError as error:
         raise ConfigError(f"{args.model!r} is no hub id; it must look like OWNER/NAME.") from error
-    except (HfHubHTTPError, OSError) as error:
+    except (_NETWORK_ERROR, HfHubHTTPError, OSError) as error:
         raise ConfigError(f"The download stopped ({error}); run the command again to go on.") from error
     print(folder)
     return 0

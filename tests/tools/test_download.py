@@ -114,3 +114,12 @@ def test_dry_run_and_unknown_model(hub, tmp_path):
     missing = download(hub, tmp_path, "owner/none")
     assert missing.returncode == 2 and "no model 'owner/none'" in missing.stderr
     assert "Traceback" not in missing.stderr
+
+
+def test_no_network_is_one_sentence(hub, tmp_path):
+    """Guards: a traceback of the HTTP library where the hub cannot be reached."""
+    hub.shutdown()
+    hub.server_close()
+    done = download(hub, tmp_path, "owner/tiny")
+    assert done.returncode == 2 and "The download stopped" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -289,6 +289,13 @@ def test_names_and_keys_that_the_server_gets(tmp_path: Path) -> None:
     assert (server.served_model_name, server.api_key) == (["a", "b"], [])
 
 
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """Guards against a BrokenPipeError's traceback after 'outrider env | head -1'."""
+    command = f"{sys.executable} -m outrider env | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("outrider: ") and done.stderr == ""
+
+
 def test_stats_line_is_about_the_interval() -> None:
     """Guards against totals where rates belong: two snapshots 10 s apart, figures worked out by hand."""
     before = EngineStats(
