@@ -170,7 +170,8 @@ async def _whole(call: Call, generation: Generation, writers: list[_ChoiceWriter
             out.logprobs = _joined(out.logprobs, new)
             out.finish_reason, out.stop_reason = delta.finish_reason, delta.stop_reason
             if writer.returns_ids:
-                out.prompt_token_ids = out.prompt_token_ids or writer.take_prompt_ids()
+                if (ids := writer.take_prompt_ids()) is not None:
+                    out.prompt_token_ids = ids
                 out.token_ids = out.token_ids or []
                 out.token_ids += delta.token_ids
     for out, parts in zip(choices, texts, strict=True):
