@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from outrider.kv_layout import KVLayout
 
@@ -26,15 +29,10 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        import torch
-
         self.layout = layout
         self.num_blocks = num_blocks
-        self.data = torch.zeros(
-            (num_blocks, layout.layers_per_block, 2, num_kv_heads, layout.block_size, head_dim),
-            dtype=dtype,
-            device=device,
-        )
+        shape = (num_blocks, layout.layers_per_block, 2, num_kv_heads, layout.block_size, head_dim)
+        self.data = _zeros(shape, dtype, device)
         places = [(g, i, layer) for g, group in enumerate(layout.groups) for i, layer in enumerate(group)]
         self._group_of = {layer: g for g, _, layer in places}
         self._views = {layer: (self.data[:, i, 0], self.data[:, i, 1]) for _, i, layer in places}
@@ -51,3 +49,13 @@ class KVCache:
     def bytes_per_block(layout: KVLayout, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
         """Memory of one block on one rank."""
         return layout.layers_per_block * 2 * num_kv_heads * layout.block_size * head_dim * itemsize
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on a CPU from untouched pages, which take no memory until a token is stored in them."""
+    import torch
+
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(pages).view(dtype).view(shape)
