@@ -40,6 +40,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        send = _closing(send)
         headers = dict(scope["headers"])
         if self._digests and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
             tenant = self._tenant(headers.get(b"authorization", b""))
@@ -89,6 +90,17 @@ class Gate:
         handler = getattr(scope.get("route"), "path", "none")
         self._metrics.http_requests.labels(scope["method"], f"{status // 100}xx", handler).inc()
         self._metrics.http_seconds.labels(scope["method"], handler).observe(seconds)
+
+
+def _closing(send: Send) -> Send:
+    """Ends the connection after a 413: the rest of the body would otherwise be read for as long as it comes."""
+
+    async def send_closing(message: Message) -> None:
+        if message["type"] == "http.response.start" and message["status"] == 413:
+            message["headers"] = [*message["headers"], (b"connection", b"close")]
+        await send(message)
+
+    return send_closing
 
 
 def _bounded(receive: Receive) -> Receive:
