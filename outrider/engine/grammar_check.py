@@ -185,6 +185,10 @@ def to_guidance(spec: GrammarSpec) -> str:
         case "json_schema" | "json_object":
             schema = spec.text if spec.kind == "json_schema" else '{"type": "object"}'
             schema = "{}" if schema == "true" else schema  # the two spellings of "anything"
+            if (
+                '"x-guidance"' in schema
+            ):  # a default pattern would win over the request's own white space option
+                return LLMatcher.grammar_from_json_schema(schema, defaults={"coerce_one_of": True})
             return LLMatcher.grammar_from_json_schema(
                 schema, defaults={"coerce_one_of": True, "whitespace_pattern": JSON_WHITESPACE}
             )
