@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -93,10 +93,6 @@ class Scheduler:
         self._enqueue(seq)
         return None
 
-    def get(self, request_id: str) -> Sequence | None:
-        """The live sequence of a request, if there is one."""
-        return self._by_id.get(request_id)
-
     def abort(
         self, request_id: str, reason: str = FINISH_ABORT, error: str | None = None
     ) -> TokenEvent | None:
@@ -108,10 +104,6 @@ class Scheduler:
         if seq.in_flight == 0:
             self._release(seq)
         return TokenEvent(request_id, [], reason, error=error)
-
-    def sequences(self) -> Iterator[Sequence]:
-        """Every live sequence (for the ledger check)."""
-        return iter(self._by_id.values())
 
     # -- schedule ------------------------------------------------------------------------------------
 
