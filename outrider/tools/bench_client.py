@@ -79,11 +79,6 @@ class RequestRecord:
         return self.chunk_times[0] - self.start if self.chunk_times else 0.0
 
     @property
-    def latency_s(self) -> float:
-        """Seconds from sending to the last chunk; 0 for a request that got none."""
-        return self.chunk_times[-1] - self.start if self.chunk_times else 0.0
-
-    @property
     def itls_s(self) -> list[float]:
         """Gaps between consecutive chunks in seconds (a chunk may carry several tokens)."""
         times = self.chunk_times
