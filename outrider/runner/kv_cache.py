@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 
 class KVCache:
-    """The tensors of one rank: ``[num_blocks, layers_per_block, 2, kv_heads, block_size, head_dim]``.
+    """The tensors of one rank: ``[layers_per_block, num_blocks, 2, kv_heads, block_size, head_dim]``.
 
+    Layer first: one layer's blocks then share few memory pages, which its attention kernel reads all at once.
     ``dtype`` is float32, bfloat16 or float8_e4m3fn. With FP8 the stored value is ``x / scale``; the scales
     belong to the layers, which read them from the checkpoint.
     """
@@ -31,11 +32,11 @@ class KVCache:
     ) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
-        shape = (num_blocks, layout.layers_per_block, 2, num_kv_heads, layout.block_size, head_dim)
+        shape = (layout.layers_per_block, num_blocks, 2, num_kv_heads, layout.block_size, head_dim)
         self.data = _zeros(shape, dtype, device)
         places = [(g, i, layer) for g, group in enumerate(layout.groups) for i, layer in enumerate(group)]
         self._group_of = {layer: g for g, _, layer in places}
-        self._views = {layer: (self.data[:, i, 0], self.data[:, i, 1]) for _, i, layer in places}
+        self._views = {layer: (self.data[i, :, 0], self.data[i, :, 1]) for _, i, layer in places}
 
     def group_of(self, layer: int) -> int:
         """The block-table group of a layer."""
