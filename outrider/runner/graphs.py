@@ -72,8 +72,17 @@ class StepGraphs:
 
     def capture_start_shapes(self, prefill_share: int) -> None:
         """Capture the usual shapes, the largest first so that the others fit into its memory."""
-        for shape in sorted(self._shapes.start_shapes(prefill_share), key=lambda s: -s.num_tokens):
+        for shape in self._start_shapes(prefill_share):
             self._capture(shape)
+
+    @torch.inference_mode()
+    def run_start_shapes(self, prefill_share: int) -> None:
+        """A forward pass of each usual shape, without a graph: what it computes is not kept."""
+        for shape in self._start_shapes(prefill_share):
+            self._model.forward(self._empty_batch(shape)[1], self._kv)
+
+    def _start_shapes(self, prefill_share: int) -> list[StepShape]:
+        return sorted(self._shapes.start_shapes(prefill_share), key=lambda s: -s.num_tokens)
 
     def _empty_step(self, shape: StepShape) -> StepArrays:
         """A step of padding only: it reads nothing and writes only into the null block."""
@@ -98,8 +107,8 @@ class StepGraphs:
         )
         return self.pad(arrays, shape)
 
-    @torch.inference_mode()
-    def _capture(self, shape: StepShape) -> _Captured:
+    def _empty_batch(self, shape: StepShape) -> tuple[torch.Tensor, Batch]:
+        """The static buffer of a shape, and the batch that reads it; filled with padding."""
         arrays = self._empty_step(shape)
         buffer, tensors = self._staging.allocate(arrays.model_inputs())
         self._staging.upload(arrays.model_inputs(), buffer)
@@ -113,7 +122,11 @@ class StepGraphs:
             max_query_len=arrays.max_query_len,
             max_seq_len=arrays.max_seq_len,
         )
-        batch = Batch(token_ids, positions, attention)
+        return buffer, Batch(token_ids, positions, attention)
+
+    @torch.inference_mode()
+    def _capture(self, shape: StepShape) -> _Captured:
+        buffer, batch = self._empty_batch(shape)
         self._model.forward(batch, self._kv)  # compiles kernels outside the capture
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

@@ -30,7 +30,7 @@ from outrider.runner.kv_cache import KVCache
 from outrider.runner.ledger import Ledger
 from outrider.runner.model_runner import ModelRunner
 from outrider.runner.resolve import Resolved, resolve
-from outrider.runner.warmup import measure_activations, warm_up
+from outrider.runner.warmup import compile_kernels, measure_activations, warm_up
 
 GIB = 1 << 30
 CPU_KV_BYTES = 8 * GIB
@@ -98,6 +98,9 @@ def load_rank(
     if resolved.device.type == "cuda":
         torch.cuda.empty_cache()  # what a load converted leaves holes behind
     clock.mark("weights")
+    if resolved.device.type == "cuda":
+        compile_kernels(model, model_config, resolved)
+        clock.mark("kernels")
     budget = _kv_budget(config, model_config, resolved, model)
     clock.mark("memory probe")
     return LoadedRank(config, model_config, resolved, parallel, model, budget)
@@ -144,8 +147,8 @@ def start_rank(
         resolved.device,
     )
     graphs = None
-    one_rank = rank.parallel.tp_size * rank.parallel.pp_size == 1
-    if resolved.device.type == "cuda" and not rank.config.enforce_eager and one_rank:
+    one_stage = rank.parallel.pp_size == 1
+    if resolved.device.type == "cuda" and not rank.config.enforce_eager and one_stage:
         graphs = StepGraphs(
             model,
             kv,

@@ -1,6 +1,6 @@
 """Steps on made-up tokens: they compile every kernel before the first request and show the peak memory.
 
-Called by ``setup`` only. The tokens are random, never zeros, and their k/v go into blocks that no request holds yet.
+Called by ``rank`` only. The tokens are random, never zeros, and their k/v go into blocks that no request holds yet.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from outrider.kv_layout import plan_layout
+from outrider.kernels.compile_ahead import compiling
+from outrider.kernels.sampling import SamplingRows, sample
+from outrider.kv_layout import KVLayout, plan_layout
 from outrider.models.config import ModelConfig
 from outrider.models.decoder import Decoder
 from outrider.runner.batch import AttentionBatch, Batch
+from outrider.runner.graphs import StepGraphs
 from outrider.runner.kv_cache import KVCache
 from outrider.runner.model_runner import ModelRunner
 from outrider.types import RowInit, SamplingParams, SeqSlice, StepPlan
@@ -22,34 +25,78 @@ if TYPE_CHECKING:
 
 
 @torch.inference_mode()
+def compile_kernels(model: Decoder, config: ModelConfig, resolved: Resolved) -> None:
+    """Compile, on all cores at once, the kernels of the usual steps: prefill, graph shapes, head and sampling."""
+    layout = plan_layout(
+        config.rope_layers, config.attention_chunk_size, resolved.max_model_len, resolved.block_size
+    )
+    kv = _tiny_cache(model, config, resolved, layout)
+    graphs = StepGraphs(
+        model,
+        kv,
+        max_num_seqs=resolved.max_num_seqs,
+        max_model_len=resolved.max_model_len,
+        device=resolved.device,
+    )
+    with compiling():
+        hidden = _prefill(model, config, resolved, kv)
+        graphs.run_start_shapes(resolved.prefill_share_tokens)
+        if model.parallel.is_last_stage:
+            for rows in (1, 32, 64):
+                logits = model.logits(hidden[:rows])
+                for all_greedy in (True, False):
+                    sample(logits, _sampling_rows(len(logits), resolved.device), all_greedy)
+
+
+@torch.inference_mode()
 def measure_activations(model: Decoder, config: ModelConfig, resolved: Resolved) -> int:
     """Peak bytes of weights and activations in a full prefill step followed by a full sampling step."""
     layout = plan_layout(config.rope_layers, None, resolved.max_model_len, resolved.block_size)
-    kv = KVCache(layout, 2, model.kv_heads_per_rank, config.head_dim, resolved.kv_dtype, resolved.device)
+    kv = _tiny_cache(model, config, resolved, layout)
     torch.cuda.reset_peak_memory_stats(resolved.device)
+    hidden = _prefill(model, config, resolved, kv)
+    if model.parallel.is_last_stage:
+        logits = model.logits(hidden[: resolved.max_num_seqs])
+        _ = logits.float().softmax(-1)  # as much as sampling with logprobs ever holds
+    torch.cuda.synchronize(resolved.device)
+    return torch.cuda.max_memory_allocated(resolved.device)
+
+
+def _tiny_cache(model: Decoder, config: ModelConfig, resolved: Resolved, layout: KVLayout) -> KVCache:
+    return KVCache(layout, 2, model.kv_heads_per_rank, config.head_dim, resolved.kv_dtype, resolved.device)
+
+
+def _prefill(model: Decoder, config: ModelConfig, resolved: Resolved, kv: KVCache) -> torch.Tensor:
+    """The hidden states of a full prefill step of random tokens, whose k/v all go into one block."""
     num_tokens = resolved.max_num_batched_tokens
-    device = resolved.device
+    device, num_groups = resolved.device, len(kv.layout.groups)
     length = min(num_tokens, resolved.max_model_len)
     num_seqs = -(-num_tokens // length)
     starts = torch.arange(num_seqs + 1, device=device).mul(length).clamp(max=num_tokens).int()
+    width = -(-length // resolved.block_size)
     attention = AttentionBatch(
         query_start=starts,
         seq_lens=starts.diff().int(),
-        block_tables=torch.ones(
-            (1, num_seqs, -(-length // resolved.block_size)), dtype=torch.int32, device=device
-        ),
-        slots=torch.zeros((1, num_tokens), dtype=torch.int64, device=device),
+        block_tables=torch.ones((num_groups, num_seqs, width), dtype=torch.int32, device=device),
+        slots=torch.zeros((num_groups, num_tokens), dtype=torch.int64, device=device),
         num_decodes=0,
         max_query_len=length,
         max_seq_len=length,
     )
     token_ids = torch.randint(config.vocab_size, (num_tokens,), device=device)
     positions = torch.arange(num_tokens, device=device) % length
-    hidden = model.forward(Batch(token_ids, positions, attention), kv)
-    logits = model.logits(hidden[: resolved.max_num_seqs])
-    _ = logits.float().softmax(-1)  # as much as sampling with logprobs ever holds
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
+    hidden = None
+    if not model.parallel.is_first_stage:
+        hidden = torch.randn((num_tokens, config.hidden_size), dtype=model.dtype, device=device)
+    return model.forward(Batch(token_ids, positions, attention), kv, hidden)
+
+
+def _sampling_rows(count: int, device: torch.device) -> SamplingRows:
+    """Parameters that take every branch of the sampler."""
+    filled = torch.full((count,), 0.5, device=device)
+    return SamplingRows(
+        filled, filled, torch.full((count,), 20, dtype=torch.int32, device=device), filled, filled
+    )
 
 
 def warm_up(runner: ModelRunner, max_num_batched_tokens: int) -> None:
