@@ -31,7 +31,7 @@ class Engine:
         self, scheduler: Scheduler, executor: Executor, compiler: GrammarCompiler | None, depth: int
     ) -> None:
         self.scheduler = scheduler
-        self._executor = executor
+        self.executor = executor
         self._compiler = compiler
         self._depth = depth
         self._in_flight: deque[tuple[Plan, StepHandle]] = deque()
@@ -88,7 +88,7 @@ class Engine:
     def _launch(self, plan: Plan) -> list[TokenEvent]:
         """Launch a plan. An exception before it reached the device ends its sequences; a broken device ends us."""
         try:
-            self._in_flight.append((plan, self._executor.launch(plan.step)))
+            self._in_flight.append((plan, self.executor.launch(plan.step)))
         except (OSError, EngineError):
             raise  # ranks that got the plan and ranks that did not are no longer in step
         except Exception:
@@ -110,7 +110,7 @@ class Engine:
             self._in_flight.popleft()[1].wait()
         if self._compiler is not None:
             self._compiler.close()
-        self._executor.shutdown()
+        self.executor.shutdown()
 
     def _collect_grammars(self) -> list[TokenEvent]:
         events: list[TokenEvent] = []

@@ -13,11 +13,11 @@ class InlineExecutor:
     """Launches on this process's device; on a CPU the launch itself computes."""
 
     def __init__(self, runner: ModelRunner) -> None:
-        self._runner = runner
+        self.runner = runner
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Queue the step."""
-        return self._runner.launch(plan)
+        return self.runner.launch(plan)
 
     def shutdown(self) -> None:
         """Nothing to end: the device's memory goes with the process."""

@@ -47,8 +47,8 @@ def break_engine():
             self.executor.shutdown()
 
     def broken_launch(self, plan):
-        if not isinstance(self._executor, BrokenExecutor):
-            self._executor = BrokenExecutor(self._executor)
+        if not isinstance(self.executor, BrokenExecutor):
+            self.executor = BrokenExecutor(self.executor)
         return launch(self, plan)
 
     scheduler.Scheduler._end_of = broken_commit
