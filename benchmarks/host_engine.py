@@ -1,0 +1,123 @@
+"""An engine process whose device is a clock: the scheduler, the index arrays and the messages are real.
+
+Put in place of the model by ``benchmarks.host`` (through a ``sitecustomize`` on the server's path). A step takes
+``$HOST_STEP_MS`` on the pretended device, which works on one step after the other; ids are drawn at random. When the
+engine ends, ``$HOST_RECORDS`` gets a JSON list of ``[monotonic s, engine thread CPU s, process CPU s, idle s of the
+device before this step, tokens]``, one entry a launched step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from outrider.config import EngineConfig
+from outrider.engine.engine import Engine
+from outrider.engine.kv_manager import KVManager
+from outrider.engine.scheduler import Limits, Scheduler
+from outrider.kv_layout import KVLayout, plan_layout
+from outrider.runner.padding import ShapeTable, pad
+from outrider.runner.rows import RowTable
+from outrider.types import EngineInfo, StepPlan, StepResult
+
+NUM_ROWS = 512
+MAX_MODEL_LEN = 9216
+BLOCK_SIZE = 64
+LAYERS = 48
+FIRST_ID, LAST_ID = 1000, 40000
+"""Ordinary words of the embedded model's vocabulary."""
+
+
+class ClockStep:
+    """A launched step: its ids exist when the device's clock says so."""
+
+    def __init__(self, result: StepResult, done_s: float) -> None:
+        self._result = result
+        self._done_s = done_s
+
+    def wait(self) -> StepResult:
+        """Sleep until the device would be done."""
+        rest = self._done_s - time.monotonic()
+        if rest > 0:
+            time.sleep(rest)
+        return self._result
+
+
+class ClockDevice:
+    """An executor that does the host's part of a launch and computes nothing."""
+
+    def __init__(self, layout: KVLayout, step_s: float, records: Path | None) -> None:
+        self._table = RowTable(layout, NUM_ROWS, MAX_MODEL_LEN)
+        self._shapes = ShapeTable(NUM_ROWS)
+        self._num_blocks = -(-MAX_MODEL_LEN // layout.block_size)
+        self._rng = np.random.default_rng(0)
+        self._step_s = step_s
+        self._free_s = 0.0
+        self._path = records
+        self._records: list[tuple[float, float, float, float, int]] = []
+
+    def launch(self, plan: StepPlan) -> ClockStep:
+        """Rows, index arrays and padding as the runner makes them; then the clock."""
+        self._table.apply(plan)
+        arrays = self._table.arrays(plan.slices)
+        shape = self._shapes.shape_of(arrays)
+        if shape is not None:
+            arrays = pad(arrays, shape, self._num_blocks, MAX_MODEL_LEN)
+        self._table.sampling_arrays(arrays.sample_rows, arrays.output_index)
+        count = len(arrays.sample_rows)
+        ids = self._rng.integers(FIRST_ID, LAST_ID, count).tolist()
+        now = time.monotonic()
+        idle = max(0.0, now - self._free_s)
+        self._records.append((now, time.thread_time(), time.process_time(), idle, count))
+        self._free_s = max(now, self._free_s) + self._step_s
+        return ClockStep(StepResult(plan.step_id, ids, [None] * count), self._free_s)
+
+    def shutdown(self) -> None:
+        """Write what was recorded."""
+        if self._path is not None:
+            self._path.write_text(json.dumps(self._records))
+
+
+def scout_layout() -> KVLayout:
+    """How Scout's 48 layers share the cache at the recipe's context length: one full and three chunked groups."""
+    rope = tuple((i + 1) % 4 != 0 for i in range(LAYERS))
+    return plan_layout(rope, 8192, MAX_MODEL_LEN, BLOCK_SIZE)
+
+
+def build_engine(
+    config: EngineConfig, on_progress: Callable[[str, int, int], None]
+) -> tuple[Engine, EngineInfo]:
+    """Stands in for ``runner.setup.build_engine``."""
+    layout = scout_layout()
+    num_blocks = NUM_ROWS * len(layout.groups) * (4096 // BLOCK_SIZE)
+    records = os.environ.get("HOST_RECORDS")
+    device = ClockDevice(layout, float(os.environ["HOST_STEP_MS"]) / 1e3, Path(records) if records else None)
+    scheduler = Scheduler(KVManager(layout, num_blocks, False), Limits(NUM_ROWS, 8192, 512))
+    info = EngineInfo(
+        model=config.model,
+        architecture="clock",
+        device="a clock",
+        dtype="none",
+        quantization="none",
+        kv_cache_dtype="none",
+        kernels={},
+        max_model_len=MAX_MODEL_LEN,
+        block_size=BLOCK_SIZE,
+        num_blocks=num_blocks,
+        kv_capacity_tokens=num_blocks // len(layout.groups) * BLOCK_SIZE,
+        max_concurrency=float(NUM_ROWS),
+        max_num_seqs=NUM_ROWS,
+    )
+    return Engine(scheduler, device, None, depth=2), info
+
+
+def install() -> None:
+    """Replace the engine process's way to a model."""
+    import outrider.runner.setup as setup
+
+    setup.build_engine = build_engine
