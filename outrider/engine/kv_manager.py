@@ -26,6 +26,7 @@ class KVManager:
     def __init__(self, layout: KVLayout, num_blocks: int, enable_prefix_caching: bool) -> None:
         self.layout = layout
         self.pool = BlockPool(num_blocks)
+        self._block_size, self._chunk_size = layout.block_size, layout.chunk_size
         self.enable_prefix_caching = enable_prefix_caching
         self._secret = secrets.token_bytes(16)  # keys cannot be guessed across processes
         self._num_full = layout.local.count(False)
@@ -48,6 +49,11 @@ class KVManager:
         chunk = self.layout.chunk_size
         return 0 if chunk is None else position // chunk * chunk
 
+    def begins_chunk(self, position: int) -> bool:
+        """Whether local layers forget everything before ``position`` when it is computed."""
+        chunk = self._chunk_size
+        return chunk is not None and position > 0 and position % chunk == 0
+
     def chunk_end(self, position: int) -> int | None:
         """Where the chunk of ``position`` ends, or None without chunks."""
         chunk = self.layout.chunk_size
@@ -58,9 +64,9 @@ class KVManager:
     def try_extend(self, seq: Sequence, num_tokens: int) -> list[BlockUpdate] | None:
         """Give the sequence blocks up to ``num_tokens`` positions; None, and nothing changed, if too few."""
         held = len(seq.block_tables[0])  # the tables of all groups grow together
-        wanted = -(-num_tokens // self.layout.block_size)
-        if wanted <= held:
+        if num_tokens <= held * self._block_size:
             return []
+        wanted = -(-num_tokens // self._block_size)
         new = self.pool.try_allocate((wanted - held) * len(seq.block_tables))
         if new is None:
             return None
@@ -82,9 +88,10 @@ class KVManager:
 
     def commit(self, seq: Sequence, num_tokens: int) -> None:
         """Positions below ``num_tokens`` hold final k/v: publish full blocks, drop chunks that are over."""
-        if self.enable_prefix_caching:
+        if self.enable_prefix_caching and num_tokens >= (seq.num_published + 1) * self._block_size:
             self._publish(seq, num_tokens)
-        self._drop_ended_chunks(seq, num_tokens)
+        if self._chunk_size is not None and num_tokens >= self._chunk_size:
+            self._drop_ended_chunks(seq, num_tokens)
 
     def release(self, seq: Sequence) -> None:
         """Give every block back; the sequence starts from nothing if it ever runs again."""
@@ -97,8 +104,6 @@ class KVManager:
 
     def _drop_ended_chunks(self, seq: Sequence, position: int) -> None:
         first = self.chunk_start(position) // self.layout.block_size
-        if first == 0:
-            return
         for table, is_local in zip(seq.block_tables, self.layout.local, strict=True):
             if not is_local:
                 continue
@@ -163,8 +168,6 @@ class KVManager:
 
     def _publish(self, seq: Sequence, num_tokens: int) -> None:
         num_full_blocks = num_tokens // self.layout.block_size
-        if num_full_blocks <= seq.num_published:
-            return
         keys = self._keys(seq, num_full_blocks)
         for index in range(seq.num_published, num_full_blocks):
             for group, table in enumerate(seq.block_tables):

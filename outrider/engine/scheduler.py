@@ -110,11 +110,15 @@ class Scheduler:
     def schedule(self) -> Plan | None:
         """The next step, or None when nothing can be computed right now."""
         draft = PlanDraft()
-        self._plan_decodes(draft)
+        decoding: list[Sequence] = []
+        others: list[Sequence] = []
+        for seq in self._running:
+            (decoding if seq.is_decoding else others).append(seq)
+        self._plan_decodes(draft, decoding)
         budget = self.limits.max_num_batched_tokens - len(draft.slices)
         if draft.slices:
             budget = min(budget, self.limits.prefill_share_tokens)
-        budget = self._plan_running_prefills(draft, budget)
+        budget = self._plan_running_prefills(draft, others, budget)
         self._admit(draft, budget)
         if not draft.slices:
             return None
@@ -122,20 +126,20 @@ class Scheduler:
         self._step_id += 1
         return draft.build(self._step_id)
 
-    def _plan_decodes(self, draft: PlanDraft) -> None:
-        """One token for every running sequence that has one to compute, oldest first."""
-        for seq in list(self._running):
-            if seq.status is not SequenceStatus.RUNNING or not seq.is_decoding or not self._can_plan(seq):
+    def _plan_decodes(self, draft: PlanDraft, decoding: list[Sequence]) -> None:
+        """One token for every sequence that has one to compute, oldest first; some may be preempted on the way."""
+        for seq in decoding:
+            if seq.status is not SequenceStatus.RUNNING or not self._can_plan(seq):
                 continue
             if self._extend_or_preempt(seq, seq.num_computed + 1, draft):
                 draft.add(seq, 1)
 
-    def _plan_running_prefills(self, draft: PlanDraft, budget: int) -> int:
+    def _plan_running_prefills(self, draft: PlanDraft, prefilling: list[Sequence], budget: int) -> int:
         """The next chunk of every admitted prompt, oldest first; returns the budget that is left."""
-        for seq in list(self._running):
+        for seq in prefilling:
             if budget <= 0:
                 break
-            if seq.status is not SequenceStatus.RUNNING or seq.is_decoding or not self._can_plan(seq):
+            if seq.status is not SequenceStatus.RUNNING or not self._can_plan(seq):
                 continue
             count = self._slice_len(seq, budget)
             if self._extend_or_preempt(seq, seq.num_computed + count, draft):
@@ -185,8 +189,7 @@ class Scheduler:
         if seq.grammar is not None and (seq.num_pending or not seq.grammar.is_ready):
             return False  # the mask of the next token depends on the unread one, or is still being computed
         # A new chunk waits for the old one's commit, so that a sequence never holds two chunks.
-        at_border = self.kv.chunk_start(seq.num_computed) == seq.num_computed > 0
-        return not (at_border and seq.in_flight)
+        return not (seq.in_flight and self.kv.begins_chunk(seq.num_computed))
 
     def _slice_len(self, seq: Sequence, budget: int) -> int:
         end = self.kv.chunk_end(seq.num_computed)
@@ -244,12 +247,14 @@ class Scheduler:
         for index, (seq, piece) in enumerate(zip(plan.sequences, plan.step.slices, strict=True)):
             seq.in_flight -= 1
             self._commit_positions(seq, piece)
-            prompt_logprobs = result.prompt_logprobs.get(index)
-            if prompt_logprobs is not None and seq.num_read == 0:
-                seq.prompt_logprobs.extend(prompt_logprobs)
+            if index in result.prompt_logprobs and seq.num_read == 0:
+                seq.prompt_logprobs.extend(result.prompt_logprobs[index])
             if piece.samples:
                 seq.num_pending -= 1
-                event = self._commit_guarded(seq, *next(samples))
+                try:
+                    event = self._commit_token(seq, *next(samples))
+                except Exception:  # what a sequence's own state (its grammar) raises ends that sequence alone
+                    event = self._commit_failed(seq)
                 if event is not None:
                     events.append(event)
             if seq.status is SequenceStatus.FINISHED and seq.in_flight == 0:
@@ -273,15 +278,10 @@ class Scheduler:
         self._finish(seq, FINISH_ERROR)
         return TokenEvent(seq.request.request_id, [], FINISH_ERROR, error=FAILED)
 
-    def _commit_guarded(
-        self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None
-    ) -> TokenEvent | None:
-        """What a sequence's own state (its grammar) raises ends that sequence alone."""
-        try:
-            return self._commit_token(seq, token_id, logprobs)
-        except Exception:
-            logger.exception("Request %s could not be continued.", seq.request.request_id)
-            return None if seq.status is SequenceStatus.FINISHED else self._fail_one(seq)
+    def _commit_failed(self, seq: Sequence) -> TokenEvent | None:
+        """The exception that is being handled came from one sequence's token: log it and end the sequence."""
+        logger.exception("Request %s could not be continued.", seq.request.request_id)
+        return None if seq.status is SequenceStatus.FINISHED else self._fail_one(seq)
 
     def _commit_positions(self, seq: Sequence, piece: SeqSlice) -> None:
         """Positions of the slice are final, unless the sequence lost its blocks meanwhile."""
@@ -324,12 +324,12 @@ class Scheduler:
             seq.grammar.advance(token_id)
             if seq.grammar.error is not None:
                 return FINISH_ERROR, None
-        if token_id in sampling.end_token_ids and seq.num_read > sampling.min_tokens:
+        if token_id in seq.end_token_ids and seq.num_read > sampling.min_tokens:
             primary = bool(sampling.eos_token_ids) and token_id == sampling.eos_token_ids[0]
             return FINISH_STOP, None if primary and token_id not in sampling.stop_token_ids else token_id
         if seq.grammar is not None and seq.grammar.is_finished:
             return FINISH_STOP, None
-        if seq.num_read >= sampling.max_tokens:
+        if len(seq.token_ids) >= seq.max_len:
             return FINISH_LENGTH, None
         return None, None
 

@@ -29,11 +29,18 @@ class SequenceStatus(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Mutable state of one request. ``in_flight`` counts launched plans that are not committed yet."""
+    """Mutable state of one request. ``in_flight`` counts launched plans that are not committed yet.
+
+    ``prompt_len``, ``max_len`` (tokens at which nothing more is sampled) and ``end_token_ids`` are the request's own,
+    kept here because every step of every sequence asks for them.
+    """
 
     request: Request
     order: int
     num_groups: int
+    prompt_len: int = field(init=False)
+    max_len: int = field(init=False)
+    end_token_ids: frozenset[int] = field(init=False)
     token_ids: list[int] = field(init=False)
     block_tables: list[list[int]] = field(init=False)
     status: SequenceStatus = SequenceStatus.WAITING
@@ -48,13 +55,12 @@ class Sequence:
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
+        sampling = self.request.sampling
         self.token_ids = list(self.request.prompt_token_ids)
+        self.prompt_len = len(self.token_ids)
+        self.max_len = self.prompt_len + sampling.max_tokens
+        self.end_token_ids = sampling.end_token_ids
         self.block_tables = [[] for _ in range(self.num_groups)]
-
-    @property
-    def prompt_len(self) -> int:
-        """Tokens the client sent."""
-        return len(self.request.prompt_token_ids)
 
     @property
     def length(self) -> int:
@@ -69,19 +75,20 @@ class Sequence:
     @property
     def num_outputs(self) -> int:
         """Generated tokens, the unread ones included."""
-        return self.length - self.prompt_len
+        return len(self.token_ids) + self.num_pending - self.prompt_len
 
     @property
     def remaining(self) -> int:
         """Positions that still need computing before the next token can be sampled."""
-        return self.length - self.num_computed
+        return len(self.token_ids) + self.num_pending - self.num_computed
 
     @property
     def is_decoding(self) -> bool:
         """Whether all but the newest token is computed, so the next slice is a single token."""
-        return self.remaining == 1 and self.num_outputs > 0
+        length = len(self.token_ids) + self.num_pending
+        return self.num_computed == length - 1 and length > self.prompt_len
 
     @property
     def is_exhausted(self) -> bool:
         """Whether enough tokens are generated or on their way; nothing more is to be planned."""
-        return self.num_outputs >= self.request.sampling.max_tokens
+        return len(self.token_ids) + self.num_pending >= self.max_len

@@ -85,23 +85,29 @@ def _at_least(sizes: tuple[int, ...] | list[int], size: int) -> int:
 def pad(arrays: StepArrays, shape: StepShape, num_blocks: int, max_seq_len: int) -> StepArrays:
     """The step laid out as ``shape``, block tables ``num_blocks`` wide; index arrays point at the new places."""
     num_decodes, num_tokens, num_seqs = arrays.num_decodes, len(arrays.token_ids), len(arrays.rows)
-    place = np.arange(num_tokens)
-    place[num_decodes:] += shape.decodes - num_decodes
-    seq_place = np.arange(num_seqs)
-    seq_place[num_decodes:] += shape.decodes - num_decodes
+    shift = shape.decodes - num_decodes
+
+    def spread(values: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """Decodes stay at the front of the last axis, prefills move behind the padding."""
+        count = values.shape[-1]
+        out[..., :num_decodes] = values[..., :num_decodes]
+        out[..., shape.decodes : count + shift] = values[..., num_decodes:]
+        return out
 
     def tokens(values: np.ndarray) -> np.ndarray:
-        out = np.zeros((*values.shape[:-1], shape.num_tokens), dtype=values.dtype)
-        out[..., place] = values
-        return out
+        return spread(values, np.zeros((*values.shape[:-1], shape.num_tokens), dtype=values.dtype))
+
+    def moved(indices: np.ndarray) -> np.ndarray:
+        return np.where(indices < num_decodes, indices, indices + shift)
 
     query_start = np.arange(shape.num_seqs + 1, dtype=np.int32)
     query_start[shape.decodes :] = shape.decodes + num_tokens - num_decodes
-    query_start[seq_place[num_decodes:]] = arrays.query_start[num_decodes:-1] + (shape.decodes - num_decodes)
-    seq_lens = np.zeros(shape.num_seqs, dtype=np.int32)
-    seq_lens[seq_place] = arrays.seq_lens
+    query_start[shape.decodes : num_seqs + shift] = arrays.query_start[num_decodes:-1] + shift
+    seq_lens = spread(arrays.seq_lens, np.zeros(shape.num_seqs, dtype=np.int32))
     tables = np.zeros((arrays.block_tables.shape[0], shape.num_seqs, num_blocks), dtype=np.int32)
-    tables[:, seq_place, : arrays.block_tables.shape[2]] = arrays.block_tables
+    width = arrays.block_tables.shape[2]
+    tables[:, :num_decodes, :width] = arrays.block_tables[:, :num_decodes]
+    tables[:, shape.decodes : num_seqs + shift, :width] = arrays.block_tables[:, num_decodes:]
     return dataclasses.replace(
         arrays,
         token_ids=tokens(arrays.token_ids),
@@ -110,8 +116,8 @@ def pad(arrays: StepArrays, shape: StepShape, num_blocks: int, max_seq_len: int)
         query_start=query_start,
         seq_lens=seq_lens,
         block_tables=tables,
-        device_tokens=place[arrays.device_tokens],
-        sample_tokens=place[arrays.sample_tokens],
+        device_tokens=moved(arrays.device_tokens),
+        sample_tokens=moved(arrays.sample_tokens),
         num_decodes=shape.decodes,
         max_query_len=max(1, shape.prefill_tokens),
         max_seq_len=max_seq_len,

@@ -105,7 +105,7 @@ class RowTable:
         num_prefills = int((counts > 1).sum())
         num_decodes = len(slices) if not num_prefills else int(np.argmax(counts > 1))
         return StepArrays(
-            token_ids=_concat_ids(slices, num_tokens),
+            token_ids=_concat_ids(slices, query_start),
             positions=positions,
             slots=blocks * size + positions % size,
             rows=rows,
@@ -150,13 +150,11 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def _concat_ids(slices: list[SeqSlice], num_tokens: int) -> IntArray:
-    ids: list[int] = []
-    for piece in slices:
-        if piece.from_device:
-            ids.extend([0] * piece.num_tokens)
-        else:
-            ids.extend(piece.token_ids)
-    out = np.array(ids, dtype=np.int64)
-    assert len(out) == num_tokens, "a slice's ids do not match its length"
+def _concat_ids(slices: list[SeqSlice], query_start: NDArray[np.int32]) -> IntArray:
+    """The ids that the plan carries, each slice's behind the other's; 0 for those that only the device knows."""
+    out = np.zeros(int(query_start[-1]), dtype=np.int64)
+    for piece, start in zip(slices, query_start.tolist(), strict=False):
+        if not piece.from_device:
+            assert len(piece.token_ids) == piece.num_tokens, "a slice's ids do not match its length"
+            out[start : start + piece.num_tokens] = piece.token_ids
     return out
