@@ -30,7 +30,12 @@ _encode = msgspec.json.encode
 
 
 class OutputParser(Protocol):
-    """Splits the text of one choice into message deltas, piece by piece."""
+    """Splits the text of one choice into message deltas, piece by piece.
+
+    ``is_plain``: every piece is a content delta as it is, so that a stream need not ask.
+    """
+
+    is_plain: bool
 
     def push(self, text: str) -> list[dict[str, Any]]:
         """The ``delta`` objects that new text completes."""
@@ -47,6 +52,8 @@ class OutputParser(Protocol):
 
 class PlainText:
     """All text is content."""
+
+    is_plain = True
 
     def __init__(self) -> None:
         self._parts: list[str] = []
@@ -178,6 +185,8 @@ async def _frames(
 
 def _members(call: Call, body: ChatBody, parser: OutputParser, delta: Delta) -> list[bytes]:
     """The chunks of one event: all its deltas, the last one with log probabilities and the finish reason."""
+    if parser.is_plain and delta.finish_reason is None and not body.logprobs and not body.return_token_ids:
+        return [b'"delta":{"content":%b},"logprobs":null,"finish_reason":null' % _encode(delta.text)]
     deltas = parser.push(delta.text)
     finish_reason = delta.finish_reason
     if finish_reason is not None:

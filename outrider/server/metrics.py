@@ -7,7 +7,9 @@ by ``RequestTimer`` as events pass through the front end. One registry per appli
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Iterable
+from itertools import accumulate
 
 from prometheus_client import (
     CollectorRegistry,
@@ -18,7 +20,7 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from outrider.engine.protocol import EngineClient
@@ -76,7 +78,8 @@ class Metrics:
             return made.labels(*labels)
 
         self.ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT)
-        self.itl = histogram("inter_token_latency_seconds", "Time between tokens of a request.", _PER_TOKEN)
+        self.itl = _TokenGaps(labels)
+        self.registry.register(self.itl)
         per_token = "Mean time of a request's tokens after its first."
         self.tpot = histogram("request_time_per_output_token_seconds", per_token, _PER_TOKEN)
         self.tpot_old = histogram("time_per_output_token_seconds", per_token, _PER_TOKEN)
@@ -155,6 +158,28 @@ class RequestTimer:
             if num_tokens > 1:
                 metrics.tpot.observe(decode_s / (num_tokens - 1))
                 metrics.tpot_old.observe(decode_s / (num_tokens - 1))
+
+
+class _TokenGaps(Collector):
+    """The histogram of inter-token latency: one observation a streamed token, so counted without locks or labels."""
+
+    def __init__(self, labels: tuple[str, ...]) -> None:
+        self._labels = labels
+        self._counts = [0] * (len(_PER_TOKEN) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """One gap; from the event loop's thread only."""
+        self._counts[bisect_left(_PER_TOKEN, seconds)] += 1
+        self._sum += seconds
+
+    def collect(self) -> Iterable[Metric]:
+        """The family with its cumulative buckets."""
+        bounds = [*(str(float(bound)) for bound in _PER_TOKEN), "+Inf"]
+        name = "vllm:inter_token_latency_seconds"
+        family = HistogramMetricFamily(name, "Time between tokens of a request.", labels=_LABELS)
+        family.add_metric(self._labels, list(zip(bounds, accumulate(self._counts), strict=True)), self._sum)
+        yield family
 
 
 class _EngineCollector(Collector):

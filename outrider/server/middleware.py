@@ -20,6 +20,9 @@ from outrider.server.metrics import Metrics
 
 MAX_BODY_BYTES = 32 << 20
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/ping"})
+SEND_BODY = "outrider.send_body"
+"""Scope key of a ``send`` for body messages after the start: the layers between it and a handler only read starts."""
+
 _UNMEASURED = OPEN_PATHS | {"/metrics", "/load", "/version", "/server_info"}
 
 
@@ -40,6 +43,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope[SEND_BODY] = send
         send = _closing(send)
         headers = dict(scope["headers"])
         if self._digests and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":

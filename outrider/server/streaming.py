@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from outrider.errors import EngineError, RequestError
 from outrider.server.errors import error_body
+from outrider.server.middleware import SEND_BODY
 
 T = TypeVar("T")
 
@@ -79,22 +80,22 @@ class EventStreamResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write the stream, or stop as soon as the client is gone."""
         try:
-            await unless_disconnected(receive, self._write(send))
+            await unless_disconnected(receive, self._write(send, scope.get(SEND_BODY, send)))
         except ClientGoneError:
             return
         finally:
             self._on_close()
 
-    async def _write(self, send: Send) -> None:
+    async def _write(self, send: Send, send_body: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             async for frame in self._frames:
-                await send({"type": "http.response.body", "body": frame, "more_body": True})
+                await send_body({"type": "http.response.body", "body": frame, "more_body": True})
         except (RequestError, EngineError) as error:
-            await send({"type": "http.response.body", "body": sse(error_body(error)), "more_body": True})
+            await send_body({"type": "http.response.body", "body": sse(error_body(error)), "more_body": True})
         except Exception as error:
             logger.exception("A stream failed.")
-            await send({"type": "http.response.body", "body": sse(error_body(error)), "more_body": True})
+            await send_body({"type": "http.response.body", "body": sse(error_body(error)), "more_body": True})
         finally:
             await self._frames.aclose()
         await send({"type": "http.response.body", "body": self._ending, "more_body": False})

@@ -143,6 +143,8 @@ def constrained(params: SamplingParams, use: ToolUse | None) -> SamplingParams:
 class ToolCallOutput:
     """Turns the text of one choice into message deltas; implements ``chat.OutputParser``."""
 
+    is_plain = False
+
     def __init__(self, use: ToolUse) -> None:
         self._use = use
         self._parser = ToolCallParser(use.names)

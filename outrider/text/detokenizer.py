@@ -20,14 +20,16 @@ class Detokenizer:
     """
 
     __slots__ = (
-        "_decode",
         "_hold",
+        "_in_character",
         "_include_stop",
         "_min_tokens",
         "_pending",
         "_skip",
         "_stop",
         "_token_bytes",
+        "_utf8",
+        "_whole_text",
         "num_tokens",
         "stop_match",
     )
@@ -42,8 +44,9 @@ class Detokenizer:
         min_tokens: int = 0,
     ) -> None:
         """``stop`` strings are looked for after ``min_tokens`` tokens; ``include_stop`` keeps the match in the text."""
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self._token_bytes = tokenizer.token_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._in_character = False
+        self._token_bytes, self._whole_text = tokenizer.token_bytes, tokenizer.whole_text
         self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._stop = tuple(stop)
         self._hold = max(map(len, stop), default=1) - 1
@@ -62,15 +65,18 @@ class Detokenizer:
             self.num_tokens += 1
             if token_id in self._skip:
                 continue
-            piece = self._decode(self._token_bytes(token_id))
+            piece = None if self._in_character else self._whole_text(token_id)
+            if piece is None:
+                piece = self._utf8.decode(self._token_bytes(token_id))
+                self._in_character = self._utf8.getstate()[0] != b""
             released.append(self._append(piece) if self._stop else piece)
-        return "".join(released)
+        return released[0] if len(released) == 1 else "".join(released)
 
     def finish(self) -> str:
         """The text still held back; call once, after the last token."""
         if self.stop_match is not None:
             return ""
-        rest = self._decode(b"", True)
+        rest = self._utf8.decode(b"", True)
         return self._pending + rest
 
     def skip(self, num_tokens: int) -> None:

@@ -49,6 +49,7 @@ class Tokenizer:
             "ByteLevel" in backend.decoder.__getstate__().decode() if backend.decoder else False
         )
         self._pieces: list[bytes | None] = [None] * self.vocab_size
+        self._texts: list[str | None] = [""] * self.vocab_size  # like _pieces: "" until it is asked for
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -110,6 +111,19 @@ class Tokenizer:
         if piece is None:
             piece = self._pieces[token_id] = self._make_piece(token_id)
         return piece
+
+    def whole_text(self, token_id: int) -> str | None:
+        """``token_bytes`` as text where they are whole characters by themselves, else None; cached."""
+        if not 0 <= token_id < self.vocab_size:
+            return ""
+        text = self._texts[token_id]
+        if text == "":
+            try:
+                text = self.token_bytes(token_id).decode()
+            except UnicodeDecodeError:
+                text = None
+            self._texts[token_id] = text
+        return text
 
     def token_str(self, token_id: int) -> str:
         """The token alone as text, for logprobs; bytes that are no whole character show as U+FFFD."""

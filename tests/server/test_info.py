@@ -107,6 +107,10 @@ def test_metrics_count_what_happened(server: Server) -> None:
     for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_generation_tokens"):
         assert values[f"vllm:{name}_count{{}}"] == 4
     assert values["vllm:inter_token_latency_seconds_count{}"] >= 12
+    gaps = [
+        value for key, value in values.items() if key.startswith("vllm:inter_token_latency_seconds_bucket")
+    ]
+    assert gaps == sorted(gaps) and gaps[-1] == values["vllm:inter_token_latency_seconds_count{}"]
     handled = "{'handler': '/v1/completions', 'method': 'POST', 'status': '%s'}"
     assert values["http_requests_total" + handled % "2xx"] == 4
     assert values["http_requests_total" + handled % "4xx"] == 1
