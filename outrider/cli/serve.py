@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import re
@@ -21,6 +22,7 @@ from outrider.cli.help import serve_help
 from outrider.cli.parser import parse_serve
 from outrider.config import EngineConfig, ServerConfig
 from outrider.errors import ConfigError
+from outrider.startup import breakdown, process_age_s
 
 if TYPE_CHECKING:
     import socket
@@ -110,18 +112,21 @@ def api_keys(server: ServerConfig, environment: Mapping[str, str]) -> list[str]:
 
 async def _serve(engine_config: EngineConfig, server_config: ServerConfig, sock: socket.socket) -> None:
     """Start the engine, then HTTP; returns when both have ended."""
-    from outrider.cli.http_server import run_http
-    from outrider.cli.sockets import url_of
-    from outrider.cli.stats_line import log_stats
     from outrider.models.config_hf import load_model_config
-    from outrider.server.app import create_app
 
     model_config = load_model_config(engine_config.model)
     client, tokenizer = await _start_engine(engine_config, server_config)
+    from outrider.cli.http_server import run_http
+    from outrider.cli.sockets import url_of
+    from outrider.cli.stats_line import log_stats
+    from outrider.server.app import create_app
+
     tasks: list[asyncio.Task[None]] = []
     try:
         app = create_app(client, tokenizer, model_config, server_config, engine_config)
-        logger.info(startup_line(client.info))
+        gc.collect()
+        gc.freeze()  # modules and routes are never garbage: a full collection of them would delay every stream
+        logger.info(startup_line(client.info, process_age_s()))
         logger.info("Starting outrider server on %s", url_of(sock, server_config))
         if not server_config.disable_log_stats:
             tasks.append(asyncio.create_task(log_stats(lambda: client.stats)))
@@ -140,16 +145,13 @@ async def _start_engine(
     """The engine, ready, and the tokenizer, read and checked meanwhile; what fails first ends the other."""
     from outrider.cli.progress import StartupProgress
     from outrider.engine.client import Bounds, ProcessEngineClient
-    from outrider.server.app import load_chat_template
-    from outrider.text.tokenizer import Tokenizer
 
     bounds = Bounds(server_config.max_num_queued_tokens, server_config.request_timeout)
     with StartupProgress() as progress:
         client = ProcessEngineClient(engine_config, progress, bounds)
         starting = asyncio.create_task(client.start())
         try:
-            tokenizer = await asyncio.to_thread(Tokenizer.load, str(engine_config.tokenizer))
-            load_chat_template(tokenizer, server_config.chat_template)
+            tokenizer = await asyncio.to_thread(_prepare_http, engine_config, server_config)
             await starting
         except BaseException:
             starting.cancel()
@@ -159,13 +161,23 @@ async def _start_engine(
     return client, tokenizer
 
 
-def startup_line(info: EngineInfo) -> str:
-    """What the engine found and chose, in one line."""
+def _prepare_http(engine_config: EngineConfig, server_config: ServerConfig) -> Tokenizer:
+    """Import what HTTP needs, a second's work, and read the tokenizer; in a thread while the engine loads."""
+    from outrider.cli import http_server  # noqa: F401
+    from outrider.server.app import load_chat_template
+    from outrider.text.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(str(engine_config.tokenizer))
+    load_chat_template(tokenizer, server_config.chat_template)
+    return tokenizer
+
+
+def startup_line(info: EngineInfo, ready_s: float | None = None) -> str:
+    """What the engine found and chose, in one line; ``ready_s`` is the time from the launch until now."""
     kernels = ", ".join(f"{op}: {name}" for op, name in info.kernels.items())
-    timing = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in info.startup_s.items())
     return (
         f"{info.architecture} on {info.device}, {info.dtype}, quantization {info.quantization}, "
         f"KV cache {info.kv_cache_dtype}: {info.kv_capacity_tokens:,} tokens = "
         f"{info.max_concurrency:.1f} requests of {info.max_model_len:,}; "
-        f"weights {info.weights_gb:.2f} GB; kernels: {kernels}; start-up: {timing}"
+        f"weights {info.weights_gb:.2f} GB; kernels: {kernels}; start-up: {breakdown(info.startup_s, ready_s)}"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import logging
 import os
 import queue
@@ -38,6 +39,8 @@ from outrider.engine.messages import (
 )
 from outrider.engine.scheduler import FAILED
 from outrider.errors import ConfigError
+from outrider.logs import setup_logging
+from outrider.startup import process_age_s
 from outrider.types import FINISH_ERROR, Request, TokenEvent
 
 HEARTBEAT_S = 1.0
@@ -165,12 +168,12 @@ def main(fd: int, parent_pid: int) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in the terminal is the front end's to handle
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sock = socket.socket(fileno=fd)
-    config = _read_config(sock)
-
-    from outrider.logs import setup_logging
-    from outrider.runner.setup import build_engine
-
     setup_logging("EngineCore")
+
+    from outrider.runner.setup import build_engine  # torch: seconds, so before the config is waited for
+
+    config = _read_config(sock)
+    imports_s = process_age_s()
     try:
         engine, info = build_engine(config, lambda *p: send_frame(sock, Progress(*p)))
     except Exception as error:
@@ -179,8 +182,11 @@ def main(fd: int, parent_pid: int) -> int:
             logger.exception("The engine could not start")
         send_frame(sock, Refused(str(error) if is_config else _root_cause(error), is_config))
         return 2 if is_config else 1
+    gc.collect()
+    gc.freeze()  # what torch and the model brought is never garbage: a full collection of it would delay a step
     outbox = Outbox(sock)
-    outbox.send(Ready(info))
+    stages = {"imports": round(imports_s, 3), **info.startup_s}
+    outbox.send(Ready(msgspec.structs.replace(info, startup_s=stages)))
     EngineLoop(engine, sock, outbox).run()
     outbox.close()
     engine.shutdown()

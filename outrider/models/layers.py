@@ -36,11 +36,14 @@ def operand(x: Normed) -> torch.Tensor:
 def rope_frequencies(
     head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device
 ) -> torch.Tensor:
-    """f32 ``[D/2]`` radians per position, with llama3 scaling: long wavelengths are divided by ``factor``."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    """f32 ``[D/2]`` radians per position, with llama3 scaling: long wavelengths are divided by ``factor``.
+
+    Computed on the CPU: on the ``meta`` device these operations import torch's compiler, a second of every start.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     freqs = 1.0 / theta**exponents
     if scaling is None:
-        return freqs
+        return freqs.to(device)
     wavelengths = 2 * math.pi / freqs
     old = scaling.original_max_position_embeddings
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -49,7 +52,7 @@ def rope_frequencies(
         smooth = (old / wavelengths - low) / (high - low)
         blend = (1 - smooth) * freqs / scaling.factor + smooth * freqs
         scaled = torch.where((wavelengths <= old / low) & (wavelengths >= old / high), blend, scaled)
-    return scaled
+    return scaled.to(device)
 
 
 class RMSNorm:

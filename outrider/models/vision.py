@@ -117,16 +117,16 @@ class VisionEncoder:
 def tower_turns(config: VisionConfig, device: torch.device) -> torch.Tensor:
     """complex64 ``[P, D/2]``: the first half of the pairs turns with column + 1, the second with row + 1.
 
-    The class token, last, is not turned.
+    The class token, last, is not turned. Computed on the CPU, as ``layers.rope_frequencies`` is.
     """
     side = config.image_size // config.patch_size
     freq_dim = config.hidden_size // config.num_heads // 2
-    freqs = 1.0 / config.rope_theta ** (torch.arange(0, freq_dim, 2, device=device).float() / freq_dim)
-    places = torch.arange(side**2, device=device)
+    freqs = 1.0 / config.rope_theta ** (torch.arange(0, freq_dim, 2).float() / freq_dim)
+    places = torch.arange(side**2)
     by_column = (places % side + 1)[:, None] * freqs
     by_row = (places // side + 1)[:, None] * freqs
     angles = F.pad(torch.cat((by_column, by_row), dim=1), (0, 0, 0, 1))
-    return torch.polar(torch.ones_like(angles), angles)
+    return torch.polar(torch.ones_like(angles), angles).to(device)
 
 
 def _rotate(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +50,18 @@ def test_a_cache_too_small_names_only_settings_that_help(kv_dtype: str, budget: 
     message = str(caught.value)
     assert ("--kv-cache-dtype fp8" in message) == (kv_dtype != "fp8")
     assert "0 GiB" not in message.replace(".0", "") and "--max-model-len 0" not in message
+
+
+def test_a_start_imports_no_compiler() -> None:
+    """Guards seconds of every start: nothing on the way to an engine loads torch's compiler or ``transformers``."""
+    code = f"""
+import sys
+from outrider.config import EngineConfig
+from outrider.runner.setup import build_engine
+config = EngineConfig(model={str(FIXTURE)!r}, tokenizer={str(FIXTURE)!r}, device="cpu", max_model_len=64)
+_, info = build_engine(config, lambda *_: None)
+heavy = {{"transformers", "sympy", "torch._dynamo", "torch._inductor", "fastapi"}}
+print(",".join(sorted(heavy & set(sys.modules))) or "none of them")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "none of them"
