@@ -20,7 +20,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,36 +191,25 @@ def points(concurrency: Sequence[int], lengths: Sequence[int]) -> list[tuple[str
 def measure_rates(device: torch.device) -> Rates:
     """What this device reaches, in a second: a large copy, and large products in the operands that Scout uses."""
     if device.type == "cuda":
-        from benchmarks.kernels.common import copy_bytes_per_s
+        from benchmarks.kernels.common import copy_bytes_per_s, product_flops_per_s
 
-        copied = copy_bytes_per_s()
-        a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-        wide = _flops(lambda: a @ b, 2 * 8192**3, device)
-        a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
-        one = torch.ones((), device=device)
-        narrow = _flops(
-            lambda: torch._scaled_mm(a8, b8, one, one, out_dtype=torch.bfloat16, use_fast_accum=True),
-            2 * 8192**3,
-            device,
-        )
+        rates = Rates(copy_bytes_per_s(), product_flops_per_s("fp8"), product_flops_per_s("bf16"))
         torch.cuda.empty_cache()
-        return Rates(copied, narrow, wide)
+        return rates
     source = torch.zeros(1 << 26)
     target = torch.empty_like(source)
-    copied = _flops(lambda: target.copy_(source), 2 * source.nbytes, device)
+    copied = _best_rate(lambda: target.copy_(source), 2 * source.nbytes)
     a = torch.randn(1024, 1024)
-    product = _flops(lambda: a @ a, 2 * 1024**3, device)
+    product = _best_rate(lambda: a @ a, 2 * 1024**3)
     return Rates(copied, product, product)
 
 
-def _flops(call: Any, work: float, device: torch.device) -> float:
-    """``work`` a second: the best of some calls."""
+def _best_rate(call: Callable[[], object], work: float) -> float:
+    """``work`` a second: the best of some calls on the CPU."""
     best = float("inf")
     for _ in range(12):
         start = time.perf_counter()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
     return work / best
 

@@ -178,7 +178,7 @@ def time_prefill(
     name = f"prefill {len(queries)} x {queries[0]} of {lens[0]}" + (f" chunk {chunk}" if chunk else "")
     for tile in tiles:
         calls = [lambda p=p, tile=tile: run_prefill(pool, p, tile, chunk) for p in problems]
-        report.compute(name, str(tuple(tile)), graph_us(calls, 5), 4.0 * D * H * pairs)
+        report.compute(name, str(tuple(tile)), graph_us(calls, 5), 4.0 * D * H * pairs, "bf16")
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,31 +77,59 @@ def copy_bytes_per_s() -> float:
     return 2 * source.numel() * 10 / (start.elapsed_time(end) / 1e3)
 
 
+def product_flops_per_s(operand: str) -> float:
+    """What cuBLASLt reaches for a product of 8192 x 8192 matrices, with operands ``fp8`` or ``bf16``."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    if operand == "fp8":
+        a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
+        one = torch.ones((), device="cuda")
+
+        def call() -> torch.Tensor:
+            return torch._scaled_mm(a8, b8, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+    else:
+
+        def call() -> torch.Tensor:
+            return a @ b
+
+    return 2 * 8192**3 / (graph_us([call] * 4) * 1e-6)
+
+
 class Report:
-    """Rows of one benchmark: printed as they come, written as JSON at the end."""
+    """Rows of one benchmark: printed as they come, written as JSON at the end.
+
+    Every row has the time and its floor: the bytes at the rate of a copy, or the FLOPs at that of a large product.
+    """
 
     def __init__(self, name: str, path: Path | None) -> None:
         self.path = path
         self.copy = copy_bytes_per_s()
+        self.products = {operand: product_flops_per_s(operand) for operand in ("fp8", "bf16")}
         self.rows: list[dict[str, Any]] = []
         props = torch.cuda.get_device_properties(0)
         self.head = {
             "benchmark": name,
+            "command": " ".join(["python -m", f"benchmarks.kernels.{name}", *sys.argv[1:]]),
+            "date": time.strftime("%Y-%m-%d"),
             "device": props.name,
             "torch": torch.__version__,
             "triton": triton.__version__,
             "copy_gb_per_s": round(self.copy / 1e9),
+            "product_tflop_per_s": {key: round(value / 1e12) for key, value in self.products.items()},
         }
         print(json.dumps(self.head), flush=True)
 
     def memory(self, case: str, variant: str, us: float, num_bytes: int) -> None:
-        """A row of a memory-bound op: GB/s and the share of the copy rate."""
-        rate = num_bytes / (us * 1e-6)
-        self._add(case, variant, us, gb_per_s=round(rate / 1e9), percent=round(100 * rate / self.copy))
+        """A row of a memory-bound op: GB/s, and the share of the copy rate."""
+        self._timed(case, variant, us, num_bytes / self.copy, gb_per_s=round(num_bytes / us / 1e3))
 
-    def compute(self, case: str, variant: str, us: float, flops: float) -> None:
-        """A row of a compute-bound op: TFLOP/s."""
-        self._add(case, variant, us, tflop_per_s=round(flops / us / 1e6))
+    def compute(self, case: str, variant: str, us: float, flops: float, operand: str = "fp8") -> None:
+        """A row of a compute-bound op: TFLOP/s, and the share of a large product with operands ``operand``."""
+        floor = flops / self.products[operand]
+        self._timed(case, variant, us, floor, tflop_per_s=round(flops / us / 1e6))
+
+    def _timed(self, case: str, variant: str, us: float, floor_s: float, **rate: int) -> None:
+        floor = floor_s * 1e6
+        self._add(case, variant, us, **rate, floor_us=round(floor, 2), percent=round(100 * floor / us))
 
     def fail(self, case: str, variant: str, why: str) -> None:
         """A variant that did not run or was wrong."""

@@ -81,7 +81,8 @@ def time_variant(report, case, variant, run, weights, x, expected) -> None:
         return
     flops = 2.0 * x.shape[0] * weights[0].numel()
     if x.shape[0] > 256:
-        report.compute(case, variant, us, flops)
+        operand = "fp8" if x.element_size() == 1 else "bf16"
+        report.compute(case, variant, us, flops, operand)
     else:
         report.memory(case, variant, us, weights[0].nbytes + x.nbytes + expected.nbytes)
 

@@ -2,7 +2,8 @@
 
 The suites are ``benchmarks/kernels`` of the source tree; each runs in a process of its own, so that one that fails
 costs only its rows and this command stays without torch. The floor of a memory-bound kernel is the time of a
-device-to-device copy of the same bytes, measured in the same run.
+device-to-device copy of the same bytes, that of a compute-bound one the time of its FLOPs in a large cuBLASLt product;
+both rates are measured in the same run.
 """
 
 from __future__ import annotations
@@ -34,7 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the suites one after the other and print one table; 1 if a kernel was wrong or did not run."""
+    """Run the suites one after the other and print one table; 1 if a kernel was wrong or did not run.
+
+    ``ConfigError`` without a CUDA device, before anything is measured.
+    """
+    if not has_cuda():
+        raise ConfigError("bench kernels needs a CUDA device and torch sees none; run it where the GPU is.")
     root = find_suites()
     results = [run_suite(root, suite, args.variants) for suite in args.suite]
     rows = [row for result in results for row in result["rows"]]
@@ -43,6 +49,12 @@ def run(args: argparse.Namespace) -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(results, indent=1))
     return int(any("error" in row for row in rows))
+
+
+def has_cuda() -> bool:
+    """Whether torch sees a CUDA device, asked in a process of its own."""
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL).returncode == 0
 
 
 def find_suites() -> Path:
@@ -73,14 +85,13 @@ def run_suite(root: Path, suite: str, variants: bool) -> dict[str, Any]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """One line a row: what, how long, and how near to the floor."""
-    print(f"\n{'kernel':<30} {'variant':<30} {'us':>10} {'rate':>14} {'of copy':>8}")
+    """One line a row: what (kernel and shape), how long, how fast, and how near to the floor."""
+    print(f"\n{'kernel':<30} {'variant':<30} {'us':>10} {'rate':>14} {'floor us':>10} {'of floor':>9}")
     for row in rows:
         time = "-" if row["us"] is None else f"{row['us']:.2f}"
         if "error" in row:
-            rate, share = str(row["error"]), ""
-        elif "tflop_per_s" in row:
-            rate, share = f"{row['tflop_per_s']} TFLOP/s", ""
+            rate, floor, share = str(row["error"]), "", ""
         else:
-            rate, share = f"{row.get('gb_per_s', 0)} GB/s", f"{row.get('percent', 0)} %"
-        print(f"{row['case']:<30} {row['variant'][:30]:<30} {time:>10} {rate:>14} {share:>8}")
+            unit, key = ("TFLOP/s", "tflop_per_s") if "tflop_per_s" in row else ("GB/s", "gb_per_s")
+            rate, floor, share = f"{row[key]} {unit}", f"{row['floor_us']:.2f}", f"{row['percent']} %"
+        print(f"{row['case']:<30} {row['variant'][:30]:<30} {time:>10} {rate:>14} {floor:>10} {share:>9}")

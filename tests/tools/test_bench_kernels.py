@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from outrider.errors import ConfigError
 from outrider.tools import bench_kernels
 
 
@@ -15,6 +16,12 @@ def _run(*argv: str) -> int:
     parser = ArgumentParser()
     bench_kernels.add_arguments(parser)
     return bench_kernels.run(parser.parse_args(argv))
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    """The machine under test has a GPU, unless a test says otherwise."""
+    monkeypatch.setattr(bench_kernels, "has_cuda", lambda: True)
 
 
 def _fake_tree(folder: Path, body: str) -> Path:
@@ -29,7 +36,22 @@ def _fake_tree(folder: Path, body: str) -> Path:
 def test_rows_of_a_suite_reach_table_and_file(tmp_path, monkeypatch, capsys):
     """Guards: a wrong kernel that ends with exit code 0, rows lost between the processes."""
     rows = [
-        {"case": "fp8 qkv T=1", "variant": "table", "us": 12.5, "gb_per_s": 2936, "percent": 71},
+        {
+            "case": "fp8 qkv T=1",
+            "variant": "table",
+            "us": 12.5,
+            "gb_per_s": 2936,
+            "floor_us": 8.9,
+            "percent": 71,
+        },
+        {
+            "case": "fp8 qkv T=8192",
+            "variant": "cublas",
+            "us": 480.0,
+            "tflop_per_s": 1252,
+            "floor_us": 445.0,
+            "percent": 93,
+        },
         {"case": "fp8 o T=1", "variant": "table", "us": float("nan"), "error": "relative error 0.3"},
     ]
     body = f"import json, sys\nfrom math import nan\nopen(sys.argv[2], 'w').write(json.dumps({{'rows': {rows!r}}}))"
@@ -37,8 +59,20 @@ def test_rows_of_a_suite_reach_table_and_file(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out" / "rows.json"
     assert _run("--suite", "gemm", "--json", str(out)) == 1
     table = capsys.readouterr().out
-    assert "2936 GB/s" in table and "71 %" in table and "relative error 0.3" in table
+    lines = [line.split() for line in table.splitlines() if line.startswith("fp8")]
+    assert lines[0][-6:] == ["12.50", "2936", "GB/s", "8.90", "71", "%"]
+    assert lines[1][-6:] == ["480.00", "1252", "TFLOP/s", "445.00", "93", "%"]
+    assert "relative error 0.3" in table
     assert json.loads(out.read_text())[0]["rows"][0] == rows[0]
+
+
+def test_without_a_gpu_it_refuses_at_once(monkeypatch):
+    """Guards against seven suites that each fail with their own traceback."""
+    monkeypatch.undo()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(bench_kernels, "run_suite", lambda *_: pytest.fail("a suite was started"))
+    with pytest.raises(ConfigError, match="needs a CUDA device"):
+        _run("--suite", "gemm")
 
 
 def test_suite_that_ends_early_is_a_row(tmp_path, monkeypatch, capsys):
