@@ -1,4 +1,4 @@
-"""Look-ahead admission: may one more sequence start without anybody being preempted later?
+"""Look-ahead admission: may one more sequence start without anybody being preempted later, and should it start now?
 
 Called by the scheduler. Every running sequence grows by one token a step until its expected end, then gives
 its blocks back. The blocks in use therefore peak just before some sequence ends; a newcomer is admitted when
@@ -14,6 +14,10 @@ import numpy as np
 
 from outrider.engine.sequence import Sequence
 from outrider.kv_layout import KVLayout
+
+
+RELEASE_LAG = 2
+"""Steps between the plan of a sequence's last token and the return of its blocks: what is in flight is not free."""
 
 
 class OutputEstimator:
@@ -44,24 +48,32 @@ class OutputEstimator:
 
 
 def peak_blocks(current: np.ndarray, final: np.ndarray, layout: KVLayout) -> int:
-    """Most blocks in use at any future step, rounded up to whole blocks per sequence.
+    """Most blocks in use at any future step.
 
     ``current`` and ``final`` are int arrays ``[S]``: tokens that each sequence holds now and at its end. The sum
     is evaluated just before each end: with the longest first, sequences ``0..k`` live until sequence k ends.
     """
-    order = np.argsort(current - final, kind="stable")
-    held, steps = current[order], (final - current)[order]
-    alive = np.arange(1, len(order) + 1)
-    if layout.chunk_size is None or final.max() <= layout.chunk_size:
-        tokens = np.cumsum(held) + steps * alive
-        blocks = (tokens + alive * (layout.block_size - 1)) // layout.block_size
-        return int(blocks.max()) * len(layout.local)
-    # Local layers saturate at their chunk, so the sum is no longer linear in time: [ends, sequences].
-    tokens = held[None, :] + steps[:, None]
-    full = -(-tokens // layout.block_size)
-    local = np.minimum(full, -(-layout.chunk_size // layout.block_size) + 1)
-    per_sequence = full * layout.local.count(False) + local * layout.local.count(True)
+    held, steps = _by_end(current, final)
+    full = -(-(held[None, :] + steps[:, None]) // layout.block_size)  # [ends, sequences]
+    per_sequence = full * layout.local.count(False)
+    if layout.chunk_size is not None:  # local layers hold no more than their chunk
+        local = np.minimum(full, -(-layout.chunk_size // layout.block_size) + 1)
+        per_sequence += local * layout.local.count(True)
     return int(np.tril(per_sequence).sum(axis=1).max())
+
+
+def most_peak_blocks(current: np.ndarray, final: np.ndarray, layout: KVLayout) -> int:
+    """An upper bound of ``peak_blocks`` in linear time: every sequence wastes all but one place of a block."""
+    held, steps = _by_end(current, final)
+    alive = np.arange(1, len(held) + 1)
+    tokens = np.cumsum(held) + (steps + layout.block_size - 1) * alive
+    return int((tokens // layout.block_size).max()) * len(layout.local)
+
+
+def _by_end(current: np.ndarray, final: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens held and steps to go, the longest to go first."""
+    order = np.argsort(current - final, kind="stable")
+    return current[order], (final - current)[order]
 
 
 def fits(
@@ -74,5 +86,37 @@ def fits(
     """Whether the running sequences and the candidate are expected to stay within ``capacity`` blocks."""
     sequences = [*running, candidate]
     current = np.array([max(seq.length, seq.prompt_len) for seq in sequences])
-    final = np.array([max(estimator.expected_total(seq), seq.length) for seq in sequences])
-    return peak_blocks(current, final, layout) <= capacity
+    final = np.array([max(estimator.expected_total(seq), seq.length) + RELEASE_LAG for seq in sequences])
+    return (
+        most_peak_blocks(current, final, layout) <= capacity
+        or peak_blocks(current, final, layout) <= capacity
+    )
+
+
+class Pacer:
+    """Spreads the starts of requests while more of them are live than fit together.
+
+    Requests that start together end together, and until then the room kept for their common end is idle: a quarter
+    of the pool, for answers as long as their prompts. Spread evenly they fill the pool all the time. A request holds
+    its blocks for a number of steps, an area of blocks x steps, and every step the pool offers ``capacity`` of it; a
+    start is paid with its area and waits until the last one is paid off (Little's law: rate = capacity / area).
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._balance = self._most = capacity
+
+    def next_step(self) -> None:
+        """The pool offers another step; no more than one start is saved up."""
+        self._balance = min(self._most, self._balance + self._capacity)
+
+    @property
+    def may_start(self) -> bool:
+        """Whether the starts so far are paid off."""
+        return self._balance > 0
+
+    def pay(self, num_blocks: int, num_steps: int) -> None:
+        """A request starts that is to hold ``num_blocks``, averaged over its ``num_steps``."""
+        area = num_blocks * num_steps
+        self._balance -= area
+        self._most = max(self._capacity, area)

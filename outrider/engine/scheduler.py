@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from outrider.engine.admission import OutputEstimator, fits
+from outrider.engine.admission import OutputEstimator, Pacer, fits
 from outrider.engine.kv_manager import KVManager
 from outrider.engine.plan import Plan, PlanDraft
 from outrider.engine.sequence import Sequence, SequenceStatus
@@ -67,6 +67,8 @@ class Scheduler:
         self.limits = limits
         self.stats = EngineStats(kv_blocks_total=kv.pool.capacity)
         self.estimator = OutputEstimator()
+        self._pacer = Pacer(kv.pool.capacity)
+        self._demand = 0  # blocks that all live sequences are expected to hold at their ends
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
@@ -90,6 +92,8 @@ class Scheduler:
         seq = Sequence(request, self._num_added, len(self.kv.layout.groups), grammar=grammar)
         self._num_added += 1
         self._by_id[request.request_id] = seq
+        seq.demand = self.kv.num_blocks_for(self.estimator.expected_total(seq))
+        self._demand += seq.demand
         self._enqueue(seq)
         return None
 
@@ -148,13 +152,11 @@ class Scheduler:
         return budget
 
     def _admit(self, draft: PlanDraft, budget: int) -> None:
-        """Start waiting sequences, in order, while rows, tokens and the expected blocks allow."""
-        capacity = self.kv.pool.capacity
+        """Start waiting sequences, in order, while rows, tokens, the expected blocks and the pace allow."""
+        self._pacer.next_step()
         while self._waiting and budget > 0 and self._free_rows:
             seq = self._waiting[0]
-            if seq.in_flight:
-                break
-            if self._running and not fits(self._running, seq, self.estimator, self.kv.layout, capacity):
+            if seq.in_flight or (self._running and not self._may_start(seq)):
                 break
             seq.num_computed = self.kv.match_prefix(seq)
             count = self._slice_len(seq, budget)
@@ -172,8 +174,18 @@ class Scheduler:
             draft.add(seq, count)
             budget -= count
 
+    def _may_start(self, seq: Sequence) -> bool:
+        """Whether there will be room for it; in a crowd also whether its turn has come, unless it only resumes."""
+        capacity = self.kv.pool.capacity
+        if self._demand > capacity and seq.num_outputs == 0 and not self._pacer.may_start:
+            return False
+        return fits(self._running, seq, self.estimator, self.kv.layout, capacity)
+
     def _start(self, seq: Sequence) -> None:
         seq.status = SequenceStatus.RUNNING
+        num_outputs = self.estimator.expected_total(seq) - seq.prompt_len
+        num_steps = num_outputs + seq.prompt_len // self.limits.prefill_share_tokens
+        self._pacer.pay(self.kv.num_blocks_for(seq.prompt_len + num_outputs // 2), num_steps)
         bisect.insort(self._running, seq, key=lambda s: s.order)
         if seq.num_outputs == 0:
             seq.num_cached = seq.num_computed
@@ -347,6 +359,7 @@ class Scheduler:
     def _release(self, seq: Sequence) -> None:
         """The one place where a finished sequence leaves: blocks, row and name."""
         self._give_back(seq)
+        self._demand -= seq.demand
         del self._by_id[seq.request.request_id]
 
     def _give_back(self, seq: Sequence) -> None:

@@ -44,6 +44,7 @@ class Sequence:
     token_ids: list[int] = field(init=False)
     block_tables: list[list[int]] = field(init=False)
     status: SequenceStatus = SequenceStatus.WAITING
+    demand: int = 0  # blocks that it was expected to hold at its end when it came
     row: int = -1
     num_computed: int = 0
     num_pending: int = 0
