@@ -314,7 +314,7 @@ def moe_bf16_reference(
     def mlp(rows: torch.Tensor, expert: int) -> torch.Tensor:
         return F.linear(swiglu(F.linear(rows, w13[expert])), w2[expert])
 
-    return _for_each_expert(x, expert_ids, scores, expert_range or (0, w13.shape[0]), mlp)
+    return for_each_expert(x, expert_ids, scores, expert_range or (0, w13.shape[0]), mlp)
 
 
 def moe_fp8_reference(
@@ -337,7 +337,7 @@ def moe_fp8_reference(
         codes = quantize_fp8_reference(swiglu(gate_up), a2_scale).float()
         return (F.linear(codes, w2[expert].float()) * (a2_scale * w2_scale[expert])).to(rows.dtype)
 
-    return _for_each_expert(x, expert_ids, scores, expert_range or (0, w13.shape[0]), mlp)
+    return for_each_expert(x, expert_ids, scores, expert_range or (0, w13.shape[0]), mlp)
 
 
 def moe_nvfp4_reference(
@@ -359,10 +359,10 @@ def moe_nvfp4_reference(
         down_weight = dequantize_nvfp4(w2[expert], w2_block_scale[expert], w2_global_scale, rows.dtype)
         return F.linear(swiglu(F.linear(rows, up_weight)), down_weight)
 
-    return _for_each_expert(x, expert_ids, scores, expert_range or (0, w13.shape[0]), mlp)
+    return for_each_expert(x, expert_ids, scores, expert_range or (0, w13.shape[0]), mlp)
 
 
-def _for_each_expert(
+def for_each_expert(
     x: torch.Tensor,
     expert_ids: torch.Tensor,
     scores: torch.Tensor,

@@ -37,15 +37,20 @@ E2M1_BOUNDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 class Nvfp4Path(StrEnum):
     """What NVFP4 layers become on a device; ``docs/adr`` has the measurements behind it."""
 
+    W4A4 = "w4a4, weights and activations on fp4 tensor cores"
     WEIGHT_ONLY = "weight-only, exact weights"
-    FP8 = "dense as fp8 rows, experts decoded to fp8 in registers"
+    FP8 = "weight-only, dense as fp8 rows, experts decoded to fp8 in registers"
+
+
+_PATH_OF_CAPABILITY = {9: Nvfp4Path.FP8, 10: Nvfp4Path.W4A4, 12: Nvfp4Path.W4A4}
+"""By major compute capability: Hopper has FP8 tensor cores and no FP4 ones; 10 and 12 are Blackwell."""
 
 
 def nvfp4_path(device: torch.device) -> Nvfp4Path:
-    """The path of ``device``: Hopper has FP8 tensor cores, and no FP4 ones."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
-        return Nvfp4Path.FP8
-    return Nvfp4Path.WEIGHT_ONLY
+    """The path of ``device``."""
+    if device.type != "cuda":
+        return Nvfp4Path.WEIGHT_ONLY
+    return _PATH_OF_CAPABILITY.get(torch.cuda.get_device_capability(device)[0], Nvfp4Path.WEIGHT_ONLY)
 
 
 BF16_TILES = (

@@ -120,3 +120,12 @@ class WeightBuilder:
             known = ", ".join(FORMAT_OF_DTYPE)
             raise CheckpointError(f"Tensor {name} is stored as {dtype}; weights must be one of {known}.")
         return FORMAT_OF_DTYPE[dtype]
+
+
+def check_depth(name: str, depth: int, multiple: int) -> None:
+    """``CheckpointError`` where tensor ``name`` has in features (of this rank) that its kernels cannot read."""
+    if depth % multiple:
+        raise CheckpointError(
+            f"Tensor {name} has {depth} in features on each rank, and NVFP4 needs a multiple of {multiple} on this "
+            f"device; use another --tensor-parallel-size."
+        )

@@ -18,9 +18,11 @@ import torch
 from outrider.errors import CheckpointError
 from outrider.kernels.moe import moe_bf16, moe_fp8, moe_nvfp4
 from outrider.kernels.moe_nvfp4 import moe_nvfp4_repacked
+from outrider.kernels.moe_w4a4 import moe_w4a4
 from outrider.kernels.nvfp4 import BLOCK_SIZE, Nvfp4Path, nvfp4_path
 from outrider.kernels.nvfp4_repack import can_repack, repack_nvfp4_
-from outrider.quant.base import Format, WeightBuilder
+from outrider.kernels.w4a4 import DEPTH_MULTIPLE, Fp4Weight
+from outrider.quant.base import Format, WeightBuilder, check_depth
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +220,8 @@ class Fp8Experts:
 class Nvfp4Experts:
     """e2m1 weights packed two a byte along the input, e4m3 scales per 16, an f32 scale per projection.
 
-    On a GPU with FP8 but no FP4 tensor cores (``Nvfp4Path.FP8``) the loaded weights are reordered in place.
+    ``nvfp4_path`` of the device decides: activations become four bits too with the calibrated scales, or stay wide;
+    on a GPU with FP8 but no FP4 tensor cores the loaded weights are reordered in place.
     """
 
     def __init__(self, builder: WeightBuilder, weights: _Layout, shape: ExpertShape) -> None:
@@ -233,7 +236,9 @@ class Nvfp4Experts:
         weights.add_matrices("weight", self.w13, self.w2, pack=2)
         weights.add_matrices("weight_scale", self.w13_block_scale, self.w2_block_scale, pack=BLOCK_SIZE)
         read_scales = weights.add_scalars("weight_scale_2")
-        weights.add_scalars("input_scale")
+        read_input_scales = weights.add_scalars("input_scale")
+        self.repacked = False
+        self.fp4: tuple[Fp4Weight, Fp4Weight] | None = None
 
         def finish() -> None:
             scales = torch.stack(read_scales())
@@ -242,13 +247,21 @@ class Nvfp4Experts:
                     "The experts' weight_scale_2 differ; export them with one scale for all."
                 )
             self.scales.copy_(scales[:, 0])
-            self.repacked = nvfp4_path(builder.device) is Nvfp4Path.FP8 and divisible
+            path = nvfp4_path(builder.device)
+            self.repacked = path is Nvfp4Path.FP8 and divisible
             if self.repacked:
                 repack_nvfp4_(self.w13, self.w13_block_scale, gated=True)
                 repack_nvfp4_(self.w2, self.w2_block_scale, gated=False)
+            if path is Nvfp4Path.W4A4:
+                check_depth(weights.weight_names[0], hidden, DEPTH_MULTIPLE)
+                check_depth(weights.weight_names[-1], inter, DEPTH_MULTIPLE)
+                up, down = torch.stack(read_input_scales()).amax(dim=1)
+                self.fp4 = (
+                    Fp4Weight(self.w13, self.w13_block_scale, self.scales[0], up),
+                    Fp4Weight(self.w2, self.w2_block_scale, self.scales[1], down),
+                )
 
         divisible = can_repack(2 * inter, hidden, gated=True) and can_repack(hidden, inter, gated=False)
-        self.repacked = False
         builder.after_load.append(finish)
 
     def __call__(
@@ -259,6 +272,8 @@ class Nvfp4Experts:
         addend: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See ``Experts``."""
+        if self.fp4 is not None:
+            return _plus(moe_w4a4(x, expert_ids, scores, *self.fp4, self.expert_range), addend)
         op = moe_nvfp4_repacked if self.repacked else moe_nvfp4
         out: torch.Tensor = op(
             x, expert_ids, scores,
@@ -266,7 +281,11 @@ class Nvfp4Experts:
             self.w2, self.w2_block_scale, self.scales[1],
             self.expert_range,
         )  # fmt: skip
-        return out if addend is None else addend.add_(out)
+        return _plus(out, addend)
+
+
+def _plus(out: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:
+    return out if addend is None else addend.add_(out)
 
 
 _EXPERTS: dict[Format, type[PlainExperts] | type[Fp8Experts] | type[Nvfp4Experts]] = {

@@ -22,7 +22,8 @@ from outrider.kernels.nvfp4 import (
     nvfp4_to_fp8_rows,
 )
 from outrider.kernels.quantize import quantize_fp8
-from outrider.quant.base import Format, WeightBuilder
+from outrider.kernels.w4a4 import DEPTH_MULTIPLE, Fp4Weight, w4a4_linear
+from outrider.quant.base import Format, WeightBuilder, check_depth
 from outrider.quant.matrix import Matrix
 
 
@@ -117,9 +118,10 @@ class Fp8Linear:
 
 
 class Nvfp4Linear:
-    """e2m1 weights packed two a byte along K, e4m3 scales per 16 of K, an f32 scale; activations stay wide.
+    """e2m1 weights packed two a byte along K, e4m3 scales per 16 of K, an f32 scale.
 
-    On a GPU with FP8 but no FP4 tensor cores the loaded weights become e4m3 rows (``Nvfp4Path.FP8``).
+    ``nvfp4_path`` of the device decides: activations become four bits too with the calibrated scale, or stay wide;
+    on a GPU with FP8 but no FP4 tensor cores the loaded weights become e4m3 rows.
     """
 
     input_scale: torch.Tensor | None = None
@@ -132,18 +134,23 @@ class Nvfp4Linear:
         _add_matrix(builder, "weight", parts, self.packed, cols, pack=2)
         _add_matrix(builder, "weight_scale", parts, self.block_scale, cols, pack=BLOCK_SIZE)
         part_scales = _add_scalars(builder, "weight_scale_2", parts)
-        _add_scalars(builder, "input_scale", parts)
+        input_scales = _add_scalars(builder, "input_scale", parts)
         # (packed, block scale, scale) of each GEMM: one, unless an exporter gave the parts different scales.
         self.gemms = [(self.packed, self.block_scale, part_scales[0])]
+        self.fp8_rows: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.fp4: list[Fp4Weight] = []
 
         def finish() -> None:
             if not bool((part_scales == part_scales[0]).all()):
                 pieces = _split(self.packed, parts), _split(self.block_scale, parts), part_scales.unbind()
                 self.gemms = list(zip(*pieces, strict=True))
-            if nvfp4_path(builder.device) is Nvfp4Path.FP8:
+            path = nvfp4_path(builder.device)
+            if path is Nvfp4Path.FP8:
                 self._become_fp8_rows()
+            elif path is Nvfp4Path.W4A4:
+                check_depth(f"{parts[0].name}.weight", cols.length, DEPTH_MULTIPLE)
+                self.fp4 = [Fp4Weight(*weight, input_scales.max()) for weight in self.gemms]
 
-        self.fp8_rows: tuple[torch.Tensor, torch.Tensor] | None = None
         builder.after_load.append(finish)
 
     def _become_fp8_rows(self) -> None:
@@ -158,7 +165,10 @@ class Nvfp4Linear:
         if self.fp8_rows is not None:
             y = fp8_rows_linear(x, *self.fp8_rows)
             return y if self.bias is None else y + self.bias
-        outs = [nvfp4_linear(x, packed, block_scale, scale) for packed, block_scale, scale in self.gemms]
+        if self.fp4:
+            outs = [w4a4_linear(x, weight) for weight in self.fp4]
+        else:
+            outs = [nvfp4_linear(x, *weight) for weight in self.gemms]
         y = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
         return y if self.bias is None else y + self.bias
 

@@ -20,8 +20,8 @@ import outrider.kernels
 ARCHITECTURES = (90, 100)
 MODULES = sorted(module.name for module in pkgutil.iter_modules(outrider.kernels.__path__))
 
-COMPILE = """
-import importlib, json, sys
+COMPILE = r"""
+import importlib, json, re, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -32,6 +32,7 @@ for name in sys.argv[2:]:
     module = importlib.import_module("outrider.kernels." + name)
     specs = [(json.loads(sys.argv[1]), spec) for spec in getattr(module, "AOT_SPECS", ())]
     specs += [([90], spec) for spec in getattr(module, "HOPPER_AOT_SPECS", ())]
+    specs += [([100, 120], spec) for spec in getattr(module, "BLACKWELL_AOT_SPECS", ())]
     for architectures, spec in specs:
         kernel, signature, constants = spec[:3]
         options = spec[3] if len(spec) > 3 else {}
@@ -42,14 +43,16 @@ for name in sys.argv[2:]:
         source = source_type(kernel, signature, constants, attributes)
         for arch in architectures:
             binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-            compiled.append([name, kernel.__name__, arch, len(binary.asm["cubin"]), binary.metadata.shared])
+            fp4 = re.findall(r"(?:tcgen05\.mma|mma\.sync)\S*mxf4nvf4\S*block_scale", binary.asm["ptx"])
+            size, shared = len(binary.asm["cubin"]), binary.metadata.shared
+            compiled.append([name, kernel.__name__, arch, size, shared, len(fp4)])
 print(json.dumps(compiled))
 """
 
 
 @pytest.fixture(scope="module")
 def compiled() -> list[list]:
-    """``[module, kernel, architecture, bytes of machine code, shared memory]`` of every entry."""
+    """``[module, kernel, architecture, bytes of machine code, shared memory, FP4 products]`` of every entry."""
     env = {**os.environ, "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-W", "ignore", "-c", COMPILE, json.dumps(ARCHITECTURES), *MODULES]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
@@ -59,14 +62,20 @@ def compiled() -> list[list]:
 
 def test_every_kernel_compiles_for_each_architecture(compiled):
     """Guards: code that only the interpreter accepts, and kernels that Blackwell's compiler refuses."""
-    assert {row[2] for row in compiled} == set(ARCHITECTURES)
-    assert all(size > 1000 for *_, size, _shared in compiled)
+    assert {row[2] for row in compiled} == {*ARCHITECTURES, 120}
+    assert all(row[3] > 1000 for row in compiled)
 
 
-def test_shared_memory_fits_a_hopper_multiprocessor(compiled):
-    """Guards: tile tables that compile and then fail to launch (227 KiB a program on sm_90)."""
-    too_big = [row for row in compiled if row[2] == 90 and row[4] > 227 * 1024]
-    assert not too_big
+def test_shared_memory_fits_a_multiprocessor(compiled):
+    """Guards: tile tables that compile and then fail to launch."""
+    kib = {90: 227, 100: 227, 120: 99}
+    assert not [row for row in compiled if row[4] > kib[row[2]] * 1024]
+
+
+def test_four_bit_products_use_fp4_tensor_cores(compiled):
+    """Guards: shapes for which the compiler turns e2m1 into bf16 products; data center and workstation Blackwell."""
+    products = [row for row in compiled if row[1] == "_w4a4_kernel"]
+    assert {row[2] for row in products} == {100, 120} and all(row[5] > 0 for row in products)
 
 
 def test_every_jit_kernel_is_listed(compiled):
