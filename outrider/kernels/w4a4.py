@@ -140,9 +140,12 @@ def _quantize_nvfp4_kernel(x_ptr, input_scale_ptr, codes_ptr, scale_ptr, depth, 
 
 
 @triton.jit
-def _load_scales(ptr, rows, last_row, blocks, num_blocks):
+def _load_scales(ptr, rows, last_row, blocks, num_blocks, AGAIN: tl.constexpr = False):
     mask = (rows[:, None] < last_row) & (blocks[None, :] < num_blocks)
-    return tl.load(ptr + rows[:, None].to(tl.int64) * num_blocks + blocks[None, :], mask=mask, other=0.0)
+    ptrs = ptr + rows[:, None].to(tl.int64) * num_blocks + blocks[None, :]
+    if AGAIN:  # Triton 3.6 gives a scale operand to one product only; this load is not merged with the first
+        return tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".ca")
+    return tl.load(ptrs, mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=("num_rows",))
@@ -203,6 +206,7 @@ def _w4a4_kernel(
         w_scale = _load_scales(w_scale_ptr, weight_rows, all_weight_rows, blocks, num_blocks)
         acc = tl.dot_scaled(w, w_scale, "e2m1", x.T, x_scale, "e2m1", acc)
         if GATED:
+            x_scale = _load_scales(x_scale_ptr, rows, end, blocks, num_blocks, AGAIN=True)
             w = w_desc.load([weight_row + num_outputs, k // 2])
             w_scale = _load_scales(
                 w_scale_ptr, weight_rows + num_outputs, all_weight_rows, blocks, num_blocks
