@@ -93,7 +93,7 @@ class EngineConfig(_Checked):
         "Quantization the checkpoint must have (read from it when absent)",
         group="Model",
         short="-q",
-        choices=("modelopt", "modelopt_fp4", "modelopt_mixed"),
+        choices=("modelopt", "modelopt_fp4"),
     )
     kv_cache_dtype: str = option(
         "auto",

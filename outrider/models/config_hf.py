@@ -18,6 +18,12 @@ from outrider.models.gguf import load_gguf_config
 
 LLAMA4_ARCHITECTURES = ("Llama4ForConditionalGeneration", "Llama4ForCausalLM")
 LLAMA_ARCHITECTURES = ("LlamaForCausalLM",)
+ARCHITECTURE_OF_TYPE = {
+    "llama4": "Llama4ForConditionalGeneration",
+    "llama4_text": "Llama4ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
+"""For files that name no architecture."""
 QUANTIZATION_FLAGS = {"FP8": "modelopt", "NVFP4": "modelopt_fp4"}
 GENERATION_KEYS = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
@@ -63,7 +69,8 @@ def parse_hf_config(
 ) -> ModelConfig:
     """The config of the parsed ``config.json`` and, where present, its two companions."""
     generation = generation or {}
-    architecture = (raw.get("architectures") or [None])[0]
+    named = raw.get("architectures") or [ARCHITECTURE_OF_TYPE.get(str(raw.get("model_type")))]
+    architecture = named[0]
     text = raw.get("text_config") or raw
     quant = parse_quantization(
         raw.get("quantization_config") or text.get("quantization_config") or hf_quant or None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from outrider.errors import CheckpointError
 from outrider.models.config import ModelConfig, QuantConfig
 from outrider.models.decoder import Decoder
 from outrider.models.dummy import DummySource, fill_random
@@ -16,8 +17,8 @@ from outrider.models.llama4 import Llama4
 from outrider.models.loader import Progress, SafetensorsFile, WeightFile, fill_slots
 from outrider.models.loader_gguf import GgufFile
 from outrider.parallel import Parallel
-from outrider.quant.base import Source, WeightBuilder
-from outrider.quant.ignore_list import disagreements
+from outrider.quant.base import FORMAT_OF_DTYPE, Format, Source, WeightBuilder
+from outrider.quant.ignore_list import disagreements, is_projection
 
 logger = logging.getLogger("outrider.models")
 
@@ -49,8 +50,8 @@ def load_model(
         config = replace(config, vision=None)
     file = None if load_format == "dummy" else open_weights(Path(path))
     source: Source = DummySource(config) if file is None else file
-    if file is not None and config.quant is not None:
-        _warn_of_disagreements(file, config.quant)
+    if file is not None:
+        check_formats(file, config.quant)
     model = build_model(
         config,
         parallel,
@@ -80,10 +81,29 @@ def build_model(
     return ARCHITECTURES[config.architecture](config, builder, kv_cache_dtype)
 
 
-def _warn_of_disagreements(file: WeightFile, quant: QuantConfig) -> None:
-    """The tensors decide; a list that says otherwise deserves one line in the log."""
-    stored = ((name, str(file.dtype_of(name))) for name in file.names())
-    names = sorted(disagreements(stored, quant.ignore))
+def check_formats(file: WeightFile, quant: QuantConfig | None) -> None:
+    """``CheckpointError`` where the weights hold another quantization than the checkpoint's metadata says.
+
+    Which matrices are quantized the tensors decide; a list that says otherwise deserves one line in the log.
+    """
+    stored = {name: str(file.dtype_of(name)) for name in file.names() if is_projection(name)}
+    formats = {name: FORMAT_OF_DTYPE[dtype] for name, dtype in stored.items() if dtype in FORMAT_OF_DTYPE}
+    announced = Format(quant.algo.lower()) if quant else Format.PLAIN
+    for name, fmt in formats.items():
+        if fmt not in (Format.PLAIN, announced):
+            raise CheckpointError(
+                f"Tensor {name} is {fmt.upper()} ({stored[name]}), but config.json and hf_quant_config.json announce "
+                f"{announced.upper() if quant else 'no quantization'}: correct them."
+            )
+    if quant is None:
+        return
+    if formats and announced not in formats.values():
+        name = next(iter(formats))
+        raise CheckpointError(
+            f"The checkpoint announces {quant.algo} and holds no such weight (tensor {name} is {stored[name]}): remove "
+            f"quantization_config from config.json, or hf_quant_config.json."
+        )
+    names = sorted(disagreements(stored.items(), quant.ignore))
     if names:
         logger.warning(
             "%d tensors are stored otherwise than the checkpoint's quantization config says (first: %s); "

@@ -25,6 +25,7 @@ from outrider.types import ImageInput
 MAX_BYTES = 20 << 20
 MAX_PIXELS = 50_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+_SERVED_SETTINGS = {"resize_to_max_canvas": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 _DECODE_FAILED = f"The image cannot be decoded; send a valid {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file."
 
 Pixels = npt.NDArray[np.uint8]
@@ -84,6 +85,12 @@ class ImageProcessor:
                 f"the tokenizer lacks {missing[0]}, which images need; use --language-model-only"
             )
         settings = _read_settings(Path(folder) / "preprocessor_config.json")
+        for key, served in _SERVED_SETTINGS.items():
+            if settings.get(key) not in (None, served):
+                raise ConfigError(
+                    f"preprocessor_config.json has {key} {settings[key]}; only {served} is served; "
+                    f"use --language-model-only."
+                )
         return cls(
             size=config.vision.image_size,
             max_tiles=int(settings.get("max_patches", 16)),
@@ -179,6 +186,8 @@ def decode_image(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         too_large = image.width * image.height > MAX_PIXELS
         rgb = None if too_large else ImageOps.exif_transpose(image).convert("RGB")
+    except Image.DecompressionBombError:  # Pillow's own bound, far above ours
+        rgb = None
     except Exception as error:  # decoders raise almost anything on hostile files
         raise MediaError(_DECODE_FAILED, param="image_url") from error
     if rgb is None:

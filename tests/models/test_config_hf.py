@@ -39,6 +39,16 @@ def test_flat_text_config(references: References) -> None:
     assert flat.vision is None
 
 
+def test_architecture_from_the_model_type(references: References) -> None:
+    """Guards configs that transformers wrote without a model, which name no architecture."""
+    raw = _raw(references)
+    wanted = parse_hf_config(raw)
+    del raw["architectures"]
+    assert parse_hf_config(raw) == wanted
+    assert parse_hf_config(raw["text_config"]).architecture == "Llama4ForCausalLM"
+    assert parse_hf_config({"model_type": "llama"}).architecture == "LlamaForCausalLM"
+
+
 def test_defaults_are_those_of_transformers() -> None:
     """Guards keys that a file may leave out."""
     ours = parse_hf_config({"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"})

@@ -164,6 +164,24 @@ def test_damage_is_named(references: References, tmp_path: Path, damage: str) ->
         _load(tmp_path / "bad")
 
 
+@pytest.mark.parametrize(
+    ("weights", "metadata", "message"),
+    [
+        ("fp8", "nvfp4", r"_proj.* is FP8 \(F8_E4M3\), but .* announce NVFP4"),
+        ("nvfp4", "fp8", r"_proj.* is NVFP4 \(U8\), but .* announce FP8"),
+        ("nvfp4", "bf16", r"_proj.* is NVFP4 \(U8\), but .* announce no quantization"),
+        ("bf16", "fp8", r"announces FP8 and holds no such weight \(tensor \S+_proj\S* is BF16"),
+    ],
+)
+def test_weights_and_metadata_disagree(
+    references: References, tmp_path: Path, weights: str, metadata: str, message: str
+) -> None:
+    """Guards against a --quantization that agrees with a file about the weights and not with the weights."""
+    _write(references.folder / metadata, tmp_path / "bad", _read(references.folder / weights))
+    with pytest.raises(CheckpointError, match=message):
+        _load(tmp_path / "bad")
+
+
 def test_layer_beyond_the_config(references: References) -> None:
     """Guards against silently serving the first layers of a longer checkpoint."""
     config = references.config("bf16")

@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 from outrider.config import ServerConfig
-from outrider.errors import MediaError
+from outrider.errors import ConfigError, MediaError
 from outrider.models.config import VisionConfig
 from outrider.server import media
 from outrider.server.media import MediaLoader
@@ -154,6 +154,23 @@ def test_files_that_are_refused(data: bytes) -> None:
     with pytest.raises(MediaError) as caught:
         decode_image(data)
     assert "object at" not in caught.value.message and "cannot identify" not in caught.value.message
+
+
+@pytest.mark.parametrize("side", [7_100, 30_000])
+def test_too_many_pixels_are_refused_by_name(side: int) -> None:
+    """Guards the reason: a header that claims too many pixels is not called a broken file."""
+    with pytest.raises(MediaError, match="more than 50,000,000 pixels"):
+        decode_image(png_header(side, side)[:33] + b"\0\0\0\x10IDAT" + b"\0" * 20)
+
+
+def test_settings_that_change_the_pixels_are_not_ignored(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Guards against serving another normalisation or canvas than the checkpoint was trained with."""
+    settings = json.loads((TINY / "preprocessor_config.json").read_text())
+    changes = [{"image_mean": [0.48, 0.45, 0.4]}, {"image_std": [1, 1, 1]}, {"resize_to_max_canvas": True}]
+    for change in changes:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | change))
+        with pytest.raises(ConfigError, match=next(iter(change))):
+            ImageProcessor.load(tmp_path, tiny_model_config(vision=VISION), tokenizer.special_tokens)
 
 
 def test_too_many_bytes_are_refused() -> None:
