@@ -37,6 +37,8 @@ CONFIG_MISTAKES: dict[str, Callable[[ModelConfig], Fields]] = {
     "rope in every layer": lambda c: {"rope_layers": (True,) * c.num_layers},
     "no_rope_layers inverted": lambda c: {"rope_layers": tuple(not r for r in c.rope_layers)},
     "no chunked attention": lambda c: {"attention_chunk_size": None},
+    "chunks one token shorter": lambda c: {"attention_chunk_size": 31},
+    "head tied to the embedding": lambda c: {"tie_word_embeddings": True},
 }
 
 
@@ -59,6 +61,25 @@ def _positions_restart(
 ) -> torch.Tensor:
     """Positions counted from the chunk's start, also for the temperature of the NoPE layers."""
     return qkv_rope_store(qkv, positions % 32, spec, *args)
+
+
+def _norm_everywhere(qkv: torch.Tensor, positions: torch.Tensor, spec: RopeSpec, *args: Any) -> torch.Tensor:
+    """The query/key norm in the layers without rope too."""
+    return qkv_rope_store(qkv, positions, replace(spec, qk_norm_eps=1e-5), *args)
+
+
+def _temperature_of_keys(
+    qkv: torch.Tensor, positions: torch.Tensor, spec: RopeSpec, *args: Any
+) -> torch.Tensor:
+    """Keys scaled as queries are."""
+    if spec.temperature:
+        floor_scale, attn_scale = spec.temperature
+        factor = 1 + attn_scale * torch.log1p(torch.floor((positions + 1) / floor_scale))
+        first = spec.num_heads * spec.head_dim
+        keys = slice(first, first + spec.num_kv_heads * spec.head_dim)
+        qkv = qkv.clone()
+        qkv[:, keys] *= factor[:, None]
+    return qkv_rope_store(qkv, positions, spec, *args)
 
 
 def _sliding_window(
@@ -89,6 +110,11 @@ def _softmax_scores(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, tor
 def _second_best(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     scores, ids = logits.float().topk(top_k + 1)
     return ids[:, 1:].to(torch.int32), scores[:, 1:].sigmoid()
+
+
+def _renormalised(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, scores = moe_ops.route(logits, top_k)
+    return ids, scores / scores.sum(-1, keepdim=True)
 
 
 def _score_on_output(
@@ -130,10 +156,13 @@ def _replacing(module: Any, name: str, value: Any) -> Patch:
 
 CODE_MISTAKES: dict[str, Patch] = {
     "temperature at p instead of p + 1": _replacing(layers, "qkv_rope_store", _without_position_offset),
+    "temperature of keys": _replacing(layers, "qkv_rope_store", _temperature_of_keys),
+    "query/key norm in layers without rope": _replacing(layers, "qkv_rope_store", _norm_everywhere),
     "temperature in rope layers": _replacing(layers, "qkv_rope_store", _temperature_everywhere),
     "positions restart in a chunk": _replacing(layers, "qkv_rope_store", _positions_restart),
     "sliding window instead of chunks": _replacing(layers, "paged_attention", _sliding_window),
     "softmax router": _replacing(moe, "route", _softmax_scores),
+    "scores renormalised": _replacing(moe, "route", _renormalised),
     "second-best expert": _replacing(moe, "route", _second_best),
     "score on the output": _replacing(experts, "moe_bf16", _score_on_output),
     "up before gate": _replacing(experts, "moe_bf16", _up_first),
@@ -207,12 +236,19 @@ def _read_without_kv_scale(*args: Any, out_scale: torch.Tensor | None) -> torch.
     return paged_attention(*args[:-2], 1.0, 1.0, out_scale=out_scale)
 
 
+def _kv_scales_exchanged(*args: Any, out_scale: torch.Tensor | None) -> torch.Tensor:
+    return paged_attention(*args[:-2], args[-1], args[-2], out_scale=out_scale)
+
+
 linear_fp8 = linear.fp8_linear
 QUANT_MISTAKES: dict[str, tuple[str, str, torch.dtype, Patch]] = {
     "one scale for q, k and v": ("fp8_w8a8", "fp8", F32, _replacing(linear, "fp8_linear", _merged_scales)),
     "score after FP8": ("fp8_w8a8", "fp8", F32, _replacing(experts, "moe_fp8", _scale_after_quantising)),
     "KV read unscaled": (
         "fp8_w8a8_kv8", "fp8", FP8, _replacing(layers, "paged_attention", _read_without_kv_scale),
+    ),
+    "KV scales exchanged": (
+        "fp8_w8a8_kv8", "fp8", FP8, _replacing(layers, "paged_attention", _kv_scales_exchanged),
     ),
     "high nibble first": ("nvfp4_w4a16", "nvfp4", F32, _replacing(linear, "nvfp4_linear", _high_nibble_first)),
     "weight_scale_2 as a reciprocal": (
@@ -235,6 +271,7 @@ def test_quantization_mistake_is_caught(
 VISION_MISTAKES: dict[str, Callable[[Decoder], None]] = {
     "class token first": lambda m: _roll_positions(m),
     "rows and columns of the rope swapped": lambda m: _swap_turns(m),
+    "rope counted from 0 beside the class token": lambda m: _turn_from_zero(m),
     "no GELU after fc2": lambda m: None,
     "pixel shuffle with the column offset first": lambda m: None,
 }
@@ -249,6 +286,11 @@ def _swap_turns(model: Decoder) -> None:
     tower = model.vision  # type: ignore[attr-defined]
     half = tower.turns.shape[1] // 2
     tower.turns = tower.turns.roll(half, 1)
+
+
+def _turn_from_zero(model: Decoder) -> None:
+    tower = model.vision  # type: ignore[attr-defined]
+    tower.turns = torch.cat((tower.turns[:-1] / tower.turns[:1], tower.turns[-1:]))
 
 
 def _column_first_shuffle(x: torch.Tensor, ratio: float) -> torch.Tensor:
