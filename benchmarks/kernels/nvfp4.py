@@ -13,7 +13,6 @@ import torch
 from benchmarks.kernels.common import Report, graph_us, parse_args, relative_error
 from outrider.kernels import moe, moe_nvfp4, nvfp4
 from outrider.kernels.moe_dispatch import STREAM_FP8, SortedRows, gather_rows_triton
-from outrider.kernels.nvfp4_gemm import Nvfp4Tile
 from outrider.kernels.nvfp4_repack import quantize_stream, repack_nvfp4_, unpack_to_fp8
 from outrider.kernels.nvfp4_stream import StreamTile, stream_triton
 
@@ -115,7 +114,7 @@ def accuracy() -> None:
     x4, x_scale = nvfp4.quantize_nvfp4_activations(x, x.float().abs().max() / 2688)
     x4 = x4.unflatten(-1, (-1, 16)) * (x_scale.float() * (x.float().abs().max() / 2688))[..., None]
     outs = {
-        "weight-only": nvfp4.nvfp4_linear_triton(x, *weights, False, Nvfp4Tile(64, 64, 16, 3, 4)),
+        "weight-only": nvfp4.nvfp4_linear(x, *weights),
         "fp8 rows": nvfp4.fp8_rows_linear(x, *nvfp4.nvfp4_to_fp8_rows(*weights)),
         "w4a4 (format's own)": x4.flatten(-2).double() @ quantised.T,
     }

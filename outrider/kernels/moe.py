@@ -14,7 +14,6 @@ import torch.nn.functional as F
 
 from outrider.kernels._dispatch import on_gpu
 from outrider.kernels.moe_dispatch import (
-    DYNAMIC_FP8,
     PLAIN,
     STATIC_FP8,
     SortedRows,
@@ -23,27 +22,8 @@ from outrider.kernels.moe_dispatch import (
 )
 from outrider.kernels.moe_gemm import Tile, down_triton, gate_up_triton
 from outrider.kernels.nvfp4 import dequantize_nvfp4
-from outrider.kernels.nvfp4_decode import FP8_SHIFT
-from outrider.kernels.nvfp4_gemm import (
-    Groups,
-    Nvfp4Tile,
-    nvfp4_gemm_triton,
-    nvfp4_to_fp8_triton,
-    to_planes_triton,
-)
-from outrider.kernels.quantize import quantize_fp8_reference, quantize_fp8_rowwise
-
-NVFP4_BF16_TILES = (
-    (12, Nvfp4Tile(16, 64, 16, 4, 4)),
-    (48, Nvfp4Tile(32, 64, 16, 4, 4)),
-    (1 << 30, Nvfp4Tile(64, 64, 16, 3, 4)),
-)
-NVFP4_FP8_TILES = (
-    (12, Nvfp4Tile(16, 64, 32, 3, 4)),
-    (48, Nvfp4Tile(32, 64, 32, 3, 4)),
-    (96, Nvfp4Tile(64, 64, 32, 2, 4)),
-)
-"""(most rows an expert on average, tile) per activation type; above, decoded to FP8 memory first."""
+from outrider.kernels.nvfp4_decode import dequantize_nvfp4_triton
+from outrider.kernels.quantize import quantize_fp8_reference
 
 ExpertMlp = Callable[[torch.Tensor, int], torch.Tensor]
 """(rows [R, M] already scaled, local expert) -> [R, M]."""
@@ -135,21 +115,16 @@ def moe_nvfp4(
     w2_block_scale: torch.Tensor,
     w2_global_scale: torch.Tensor,
     expert_range: tuple[int, int] | None = None,
-    fp8_activations: bool = False,
 ) -> torch.Tensor:
     """Routed experts with NVFP4 weights: as ``moe_bf16`` on the dequantised weights.
 
     ``w13`` u8 [E, 2I, M/2], block scales e4m3 [E, 2I, M/16], global scale f32 of one element; ``w2`` likewise
-    [E, M, I/2]. ``fp8_activations``: see ``nvfp4_linear``.
+    [E, M, I/2]. On a GPU every call decodes all experts to memory: for shapes that no other path takes.
     """
-    if not on_gpu(x):
-        return moe_nvfp4_reference(
-            x, expert_ids, scores, w13, w13_block_scale, w13_global_scale,
-            w2, w2_block_scale, w2_global_scale, expert_range,
-        )  # fmt: skip
-    return moe_nvfp4_triton(
+    op = moe_nvfp4_triton if on_gpu(x) else moe_nvfp4_reference
+    return op(
         x, expert_ids, scores, w13, w13_block_scale, w13_global_scale,
-        w2, w2_block_scale, w2_global_scale, expert_range, fp8_activations,
+        w2, w2_block_scale, w2_global_scale, expert_range,
     )  # fmt: skip
 
 
@@ -223,45 +198,17 @@ def moe_nvfp4_triton(
     w2_block_scale: torch.Tensor,
     w2_global_scale: torch.Tensor,
     expert_range: tuple[int, int] | None = None,
-    fp8_activations: bool = False,
-    tile: Nvfp4Tile | None = None,
+    tiles: tuple[Tile, Tile] | None = None,
 ) -> torch.Tensor:
-    """``moe_nvfp4`` on the GPU; with FP8 activations and many rows the weights are decoded to memory first."""
+    """``moe_nvfp4`` on the GPU: each projection is decoded just before its product."""
     experts = expert_range or (0, w13.shape[0])
-    num_rows, top_k = expert_ids.numel(), expert_ids.shape[1]
-    out = output_rows(x, expert_ids, expert_range)
-    table = NVFP4_FP8_TILES if fp8_activations else NVFP4_BF16_TILES
-    tile = tile or next((entry for most_rows, entry in table if num_rows / experts[1] <= most_rows), None)
-    if tile is None:
-        up_tile, down_tile = choose_tiles(FP8_TILES, num_rows, experts[1])
-        rows = gather_rows_triton(x, expert_ids, scores, experts, DYNAMIC_FP8)
-        hidden = gate_up_triton(
-            rows,
-            nvfp4_to_fp8_triton(w13, w13_block_scale),
-            _fp8_weight_scale(w13_global_scale, experts[1]),
-            None,
-            x.dtype,
-            up_tile,
-        )
-        codes, row_scale = quantize_fp8_rowwise(hidden.x)
-        hidden = SortedRows(codes, rows.index, rows.offsets, row_scale, num_rows)
-        w2_scale = _fp8_weight_scale(w2_global_scale, experts[1])
-        down_triton(hidden, nvfp4_to_fp8_triton(w2, w2_block_scale), w2_scale, out, down_tile)
-        return combine_choices(out, top_k)
+    up_tile, down_tile = tiles or choose_tiles(BF16_TILES, expert_ids.numel(), experts[1])
     rows = gather_rows_triton(x, expert_ids, scores, experts, PLAIN)
-    groups = Groups(rows.offsets, rows.index)
-    planes = to_planes_triton(rows.x, num_rows, tile.blocks, fp8_activations)
-    hidden_rows = torch.empty((num_rows, w2.shape[2] * 2), dtype=x.dtype, device=x.device)
-    nvfp4_gemm_triton(
-        planes, w13, w13_block_scale, w13_global_scale, hidden_rows, tile, groups=groups, gated=True
-    )
-    planes = to_planes_triton(hidden_rows, num_rows, tile.blocks, fp8_activations)
-    nvfp4_gemm_triton(planes, w2, w2_block_scale, w2_global_scale, out, tile, groups=groups)
-    return combine_choices(out, top_k)
-
-
-def _fp8_weight_scale(global_scale: torch.Tensor, num_experts: int) -> torch.Tensor:
-    return (global_scale * float(1 << FP8_SHIFT)).expand(num_experts).contiguous()
+    weight = dequantize_nvfp4_triton(w13, w13_block_scale, w13_global_scale, x.dtype)
+    hidden = gate_up_triton(rows, weight, None, None, x.dtype, up_tile)
+    del weight
+    weight = dequantize_nvfp4_triton(w2, w2_block_scale, w2_global_scale, x.dtype)
+    return _down(hidden, weight, None, down_tile, x, expert_ids, expert_range, None)
 
 
 def choose_tiles(

@@ -14,14 +14,7 @@ import torch.nn.functional as F
 
 from outrider.kernels._dispatch import on_gpu
 from outrider.kernels.gemm import fp8_linear
-from outrider.kernels.nvfp4_decode import FP8_SHIFT
-from outrider.kernels.nvfp4_gemm import (
-    Nvfp4Tile,
-    dequantize_nvfp4_triton,
-    nvfp4_gemm_triton,
-    nvfp4_to_fp8_triton,
-    to_planes_triton,
-)
+from outrider.kernels.nvfp4_decode import FP8_SHIFT, dequantize_nvfp4_triton, nvfp4_to_fp8_triton
 from outrider.kernels.quantize import FP8_MAX, quantize_fp8_rowwise
 
 BLOCK_SIZE = 16
@@ -53,57 +46,17 @@ def nvfp4_path(device: torch.device) -> Nvfp4Path:
     return _PATH_OF_CAPABILITY.get(torch.cuda.get_device_capability(device)[0], Nvfp4Path.WEIGHT_ONLY)
 
 
-BF16_TILES = (
-    (16, Nvfp4Tile(16, 64, 16, 4, 4, split_k=4)),
-    (64, Nvfp4Tile(64, 64, 16, 3, 4, split_k=2)),
-)
-FP8_TILES = (
-    (16, Nvfp4Tile(16, 64, 32, 3, 4, split_k=4)),
-    (64, Nvfp4Tile(64, 64, 32, 3, 4, split_k=2)),
-)
-"""(most rows, tile); above, the weights are decoded to memory first. Estimates, not yet measured."""
-
-
 def nvfp4_linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    block_scale: torch.Tensor,
-    global_scale: torch.Tensor,
-    fp8_activations: bool = False,
+    x: torch.Tensor, packed: torch.Tensor, block_scale: torch.Tensor, global_scale: torch.Tensor
 ) -> torch.Tensor:
     """``x[T, K] @ W.T -> [T, N]`` in ``x``'s dtype, ``W`` = ``dequantize_nvfp4`` of the other three.
 
-    ``packed`` u8 [N, K/2], ``block_scale`` e4m3 [N, K/16], ``global_scale`` f32 of one element.
-    ``fp8_activations`` rounds weights (after block scaling) and activations (scale a row) to e4m3: about 3 %
-    relative noise instead of none, for batches where bf16 arithmetic is the limit.
+    ``packed`` u8 [N, K/2], ``block_scale`` e4m3 [N, K/16], ``global_scale`` f32 of one element. Every call decodes
+    the whole matrix to memory: the GPUs that are served well take another path (``nvfp4_path``).
     """
     if not on_gpu(x):
         return nvfp4_linear_reference(x, packed, block_scale, global_scale)
-    return nvfp4_linear_triton(x, packed, block_scale, global_scale, fp8_activations)
-
-
-def nvfp4_linear_triton(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    block_scale: torch.Tensor,
-    global_scale: torch.Tensor,
-    fp8_activations: bool = False,
-    tile: Nvfp4Tile | None = None,
-) -> torch.Tensor:
-    """``nvfp4_linear`` on the GPU: decoded inside the product for few rows, once beforehand for many."""
-    num_rows, num_outputs = x.shape[0], packed.shape[0]
-    table = FP8_TILES if fp8_activations else BF16_TILES
-    tile = tile or next((entry for most_rows, entry in table if num_rows <= most_rows), None)
-    if tile is None and fp8_activations:
-        codes, row_scale = quantize_fp8_rowwise(x)
-        w_scale = (global_scale * float(1 << FP8_SHIFT)).expand(num_outputs).contiguous()
-        return fp8_linear(codes, nvfp4_to_fp8_triton(packed, block_scale), row_scale, w_scale, x.dtype)
-    if tile is None:
-        return F.linear(x, dequantize_nvfp4_triton(packed, block_scale, global_scale, x.dtype))
-    out = torch.empty((num_rows, num_outputs), dtype=x.dtype, device=x.device)
-    planes = to_planes_triton(x, num_rows, tile.blocks, fp8_activations)
-    nvfp4_gemm_triton(planes, packed, block_scale, global_scale, out, tile)
-    return out
+    return F.linear(x, dequantize_nvfp4_triton(packed, block_scale, global_scale, x.dtype))
 
 
 def nvfp4_to_fp8_rows(

@@ -9,6 +9,8 @@ Sources: Hugging Face Llama 4 checkpoints and ModelOpt's export of them.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,6 +25,8 @@ from outrider.kernels.nvfp4 import BLOCK_SIZE, Nvfp4Path, nvfp4_path
 from outrider.kernels.nvfp4_repack import can_repack, repack_nvfp4_
 from outrider.kernels.w4a4 import DEPTH_MULTIPLE, Fp4Weight
 from outrider.quant.base import Format, WeightBuilder, check_depth
+
+logger = logging.getLogger("outrider.quant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +253,8 @@ class Nvfp4Experts:
             self.scales.copy_(scales[:, 0])
             path = nvfp4_path(builder.device)
             self.repacked = path is Nvfp4Path.FP8 and divisible
+            if path is Nvfp4Path.FP8 and not divisible:
+                _warn_of_shape(tuple(self.w13.shape))
             if self.repacked:
                 repack_nvfp4_(self.w13, self.w13_block_scale, gated=True)
                 repack_nvfp4_(self.w2, self.w2_block_scale, gated=False)
@@ -282,6 +288,12 @@ class Nvfp4Experts:
             self.expert_range,
         )  # fmt: skip
         return _plus(out, addend)
+
+
+@functools.cache
+def _warn_of_shape(shape: tuple[int, ...]) -> None:
+    """Say once a shape that experts do not divide into the tiles of the fast path."""
+    logger.warning("NVFP4 experts of packed shape %s are decoded before each product, which is slow.", shape)
 
 
 def _plus(out: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:

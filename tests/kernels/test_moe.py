@@ -10,7 +10,6 @@ from outrider.kernels import moe
 from outrider.kernels.moe_dispatch import DYNAMIC_FP8, PLAIN, STATIC_FP8, gather_rows_triton, route_triton
 from outrider.kernels.moe_gemm import Tile
 from outrider.kernels.nvfp4 import dequantize_nvfp4
-from outrider.kernels.nvfp4_gemm import Nvfp4Tile
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -118,43 +117,23 @@ def test_fp8_experts(tiles, tokens, top_k):
     assert error(moe.moe_fp8_triton(*arguments, None, tiles), reference.double()) < 0.02
 
 
-@pytest.mark.parametrize("fp8_activations", [False, True])
-def test_nvfp4_experts(fp8_activations):
-    """Guards: gate and up rows of packed weights, an expert's offset in words, planes of the second product."""
+@pytest.mark.parametrize("tiles", TILES)
+def test_nvfp4_experts(tiles):
+    """Guards: gate and up rows of packed weights, an expert's scales, and the global scale of each projection."""
     experts, hidden, inter, tokens = 3, 288, 272, 11
 
-    def weights(*shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def weights(*shape: int, global_scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         packed = torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), dtype=torch.uint8, device=DEVICE)
         scale = (torch.rand(*shape[:-1], shape[-1] // 16, device=DEVICE) * 300 + 9).to(torch.float8_e4m3fn)
-        return packed, scale, torch.tensor(1e-4, device=DEVICE)
+        return packed, scale, torch.tensor(global_scale, device=DEVICE)
 
-    up, down = weights(experts, 2 * inter, hidden), weights(experts, hidden, inter)
+    up = weights(experts, 2 * inter, hidden, global_scale=1e-4)
+    down = weights(experts, hidden, inter, global_scale=2e-4)
     x = randn(tokens, hidden).to(WIDE)
     ids, scores = moe.route_reference(randn(tokens, experts), 1)
     exact = slow_moe(
         x, ids, scores, dequantize_nvfp4(*up, torch.float64), dequantize_nvfp4(*down, torch.float64)
     )
-    tile = Nvfp4Tile(16, 64, 32 if fp8_activations else 16, 2, 4)
     arguments = (x, ids, scores, *up, *down)
     assert error(moe.moe_nvfp4_reference(*arguments), exact) < (1e-2 if GPU else 1e-5)
-    out = moe.moe_nvfp4_triton(*arguments, None, fp8_activations, tile)
-    assert error(out, exact) < (0.1 if fp8_activations else 1e-2 if GPU else 1e-5)
-
-
-def test_nvfp4_experts_decoded_beforehand():
-    """Guards: the scale of weights decoded to FP8 for many rows."""
-    up = (torch.randint(0, 256, (2, 64, 32), dtype=torch.uint8, device=DEVICE),)
-    up += (
-        torch.rand(2, 64, 4, device=DEVICE).mul(300).to(torch.float8_e4m3fn),
-        torch.tensor(1e-3, device=DEVICE),
-    )
-    down = (torch.randint(0, 256, (2, 64, 16), dtype=torch.uint8, device=DEVICE),)
-    down += (
-        torch.rand(2, 64, 2, device=DEVICE).mul(300).to(torch.float8_e4m3fn),
-        torch.tensor(1e-3, device=DEVICE),
-    )
-    x = randn(200, 64).to(WIDE)
-    ids, scores = moe.route_reference(randn(200, 2), 1)
-    arguments = (x, ids, scores, *up, *down)
-    out = moe.moe_nvfp4_triton(*arguments, None, True)
-    assert error(out, moe.moe_nvfp4_reference(*arguments).double()) < 0.1
+    assert error(moe.moe_nvfp4_triton(*arguments, None, tiles), exact) < (1e-2 if GPU else 1e-5)
