@@ -41,6 +41,9 @@ class WeightFile(Protocol):
     def names(self) -> Iterable[str]:
         """Every tensor."""
 
+    def full_name(self, name: str) -> str:
+        """The tensor's name as this checkpoint spells it, or would spell it if it is absent; for messages."""
+
     def dtype_of(self, name: str) -> str | None:
         """The stored dtype's safetensors name; None when there is no such tensor."""
 
@@ -74,6 +77,16 @@ class SafetensorsFile:
     def names(self) -> Iterable[str]:
         """See ``WeightFile``."""
         return self.tensors
+
+    def full_name(self, name: str) -> str:
+        """See ``WeightFile``. An absent layer's tensor gets the prefix of those that are there."""
+        if name in self.tensors:
+            return self.tensors[name][1]
+        first = name.partition(".")[0]
+        for present, (_, full_name) in self.tensors.items():
+            if present.partition(".")[0] == first:
+                return full_name.removesuffix(present) + name
+        return name
 
     def dtype_of(self, name: str) -> str | None:
         """See ``WeightFile``."""
@@ -140,26 +153,25 @@ def check_names(slots: list[WeightSlot], file: WeightFile, is_unused: Callable[[
     for name, shape in wanted.items():
         if name not in present:
             raise CheckpointError(
-                f"Tensor {name} is missing from the checkpoint; its shape must be {list(shape)}."
+                f"Tensor {file.full_name(name)} is missing from the checkpoint; its shape must be {list(shape)}."
             )
         found = file.shape_of(name)
         if found != shape and not (shape == () and found == (1,)):
             raise CheckpointError(
-                f"Tensor {name} must have shape {list(shape)}; the checkpoint has {list(found)}."
+                f"Tensor {file.full_name(name)} must have shape {list(shape)}; the checkpoint has {list(found)}."
             )
     left_over = sorted(name for name in present - wanted.keys() if not is_unused(name))
     if left_over:
         more = f" and {len(left_over) - 1} more" if len(left_over) > 1 else ""
-        shape_text = list(file.shape_of(left_over[0]))
-        raise CheckpointError(
-            f"The checkpoint holds {left_over[0]} {shape_text}{more}, which config.json has no place for."
-        )
+        first = f"{file.full_name(left_over[0])} {list(file.shape_of(left_over[0]))}"
+        raise CheckpointError(f"The checkpoint holds {first}{more}, which config.json has no place for.")
 
 
 def _fill(slot: WeightSlot, file: WeightFile) -> None:
     value = file.read(slot.name, slot.select)
     if not _same_kind(value.dtype, slot.dest.dtype):
-        raise CheckpointError(f"Tensor {slot.name} is stored as {value.dtype}; {slot.dest.dtype} is needed.")
+        name = file.full_name(slot.name)
+        raise CheckpointError(f"Tensor {name} is stored as {value.dtype}; {slot.dest.dtype} is needed.")
     value = value.to(slot.dest.device)
     if slot.transpose:
         value = value.transpose(-1, -2)

@@ -51,11 +51,16 @@ class GgufFile:
         self.path = path
         tensors = read_gguf_header(path)[1]
         self.tensors: dict[str, GgufTensor] = {canonical_gguf_name(n): t for n, t in tensors.items()}
+        self.full_names = {canonical_gguf_name(name): name for name in tensors}
         self.data = np.memmap(path, dtype=np.uint8, mode="r")
 
     def names(self) -> Iterable[str]:
         """See ``WeightFile``."""
         return self.tensors
+
+    def full_name(self, name: str) -> str:
+        """See ``WeightFile``; an absent tensor keeps its canonical name."""
+        return self.full_names.get(name, name)
 
     def dtype_of(self, name: str) -> str | None:
         """See ``WeightFile``: every tensor is read as float32."""

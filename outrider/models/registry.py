@@ -92,16 +92,16 @@ def check_formats(file: WeightFile, quant: QuantConfig | None) -> None:
     for name, fmt in formats.items():
         if fmt not in (Format.PLAIN, announced):
             raise CheckpointError(
-                f"Tensor {name} is {fmt.upper()} ({stored[name]}), but config.json and hf_quant_config.json announce "
-                f"{announced.upper() if quant else 'no quantization'}: correct them."
+                f"Tensor {file.full_name(name)} is {fmt.upper()} ({stored[name]}), but config.json and "
+                f"hf_quant_config.json announce {announced.upper() if quant else 'no quantization'}: correct them."
             )
     if quant is None:
         return
     if formats and announced not in formats.values():
         name = next(iter(formats))
         raise CheckpointError(
-            f"The checkpoint announces {quant.algo} and holds no such weight (tensor {name} is {stored[name]}): remove "
-            f"quantization_config from config.json, or hf_quant_config.json."
+            f"The checkpoint announces {quant.algo} and holds no such weight (tensor {file.full_name(name)} is "
+            f"{stored[name]}): remove quantization_config from config.json, or hf_quant_config.json."
         )
     names = sorted(disagreements(stored.items(), quant.ignore))
     if names:

@@ -144,9 +144,15 @@ def _odd_dtype(tensors: Tensors) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Tensors], None], str]] = {
-    "missing": (_drop, r"layers\.2\.self_attn\.q_proj\.weight is missing.*\[256, 128\]"),
-    "shape": (_misshape, r"router\.weight must have shape \[4, 128\]; the checkpoint has \[5, 128\]"),
-    "left over": (_add, r"layers\.2\.self_attn\.q_norm\.weight \[64\]"),
+    "missing": (
+        _drop,
+        r"Tensor language_model\.model\.layers\.2\.self_attn\.q_proj\.weight is missing.*\[256, 128\]",
+    ),
+    "shape": (
+        _misshape,
+        r"Tensor language_model\.model\.\S*\.router\.weight must have shape \[4, 128\]; the checkpoint has \[5, 128\]",
+    ),
+    "left over": (_add, r"holds language_model\.model\.\S*\.q_norm\.weight \[64\]"),
     "scale missing": (_drop_scale, r"k_proj\.weight_scale is missing"),
     "mixed formats": (_mix, r"one format.*k_proj\.weight is plain"),
     "odd dtype": (_odd_dtype, r"o_proj\.weight is stored as I32"),
