@@ -155,11 +155,11 @@ def _parse_llama4(
         attn_scale=float(text.get("attn_scale", 0.1)),
         tie_word_embeddings=bool(text.get("tie_word_embeddings", raw.get("tie_word_embeddings", False))),
         vision=_parse_vision(raw.get("vision_config")),
-        image_token_id=_optional_int(raw.get("image_token_index", raw.get("image_token_id"))),
-        boi_token_id=_optional_int(raw.get("boi_token_index", raw.get("boi_token_id"))),
-        eoi_token_id=_optional_int(raw.get("eoi_token_index", raw.get("eoi_token_id"))),
+        image_token_id=_image_token(raw, "image", 200092),
+        boi_token_id=_image_token(raw, "boi", 200080),
+        eoi_token_id=_image_token(raw, "eoi", 200081),
         quant=quant,
-        **_common(raw, text, generation),
+        **_common(raw, text, generation, default_eps=1e-5),
     )
 
 
@@ -189,11 +189,13 @@ def _parse_llama(
         interleaved_rope=False,
         tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
         quant=quant,
-        **_common(text, text, generation),
+        **_common(text, text, generation, default_eps=1e-6),
     )
 
 
-def _common(raw: dict[str, Any], text: dict[str, Any], generation: dict[str, Any]) -> dict[str, Any]:
+def _common(
+    raw: dict[str, Any], text: dict[str, Any], generation: dict[str, Any], default_eps: float
+) -> dict[str, Any]:
     """What every architecture spells the same way."""
     act = text.get("hidden_act", "silu")
     if act != "silu":
@@ -206,7 +208,7 @@ def _common(raw: dict[str, Any], text: dict[str, Any], generation: dict[str, Any
         or "bfloat16"
     ).removeprefix("torch.")
     return {
-        "rms_norm_eps": float(text.get("rms_norm_eps", 1e-5)),
+        "rms_norm_eps": float(text.get("rms_norm_eps", default_eps)),
         "attention_bias": bool(text.get("attention_bias", False)),
         "dtype": DTYPE_ALIASES.get(dtype, dtype),
         "bos_token_id": _optional_int(generation.get("bos_token_id", text.get("bos_token_id"))),
@@ -281,6 +283,12 @@ def _parse_vision(raw: dict[str, Any] | None) -> VisionConfig | None:
         norm_eps=float(raw.get("norm_eps", 1e-5)),
         num_channels=int(raw.get("num_channels", 3)),
     )
+
+
+def _image_token(raw: dict[str, Any], kind: str, default: int) -> int | None:
+    """A token id around images, in either spelling; None for a model that sees none and names none."""
+    value = raw.get(f"{kind}_token_index", raw.get(f"{kind}_token_id"))
+    return _optional_int(default if value is None and raw.get("vision_config") else value)
 
 
 def _optional_int(value: Any) -> int | None:

@@ -61,11 +61,19 @@ def test_defaults_are_those_of_transformers() -> None:
     assert ours.max_position_embeddings == theirs.max_position_embeddings
     assert ours.use_qk_norm is theirs.use_qk_norm
     dense, wanted = parse_hf_config({"architectures": ["LlamaForCausalLM"]}), LlamaConfig()
-    assert (dense.hidden_size, dense.intermediate_size, dense.vocab_size) == (
-        wanted.hidden_size,
-        wanted.intermediate_size,
-        wanted.vocab_size,
-    )
+    for name in (
+        "hidden_size",
+        "intermediate_size",
+        "vocab_size",
+        "rms_norm_eps",
+        "head_dim",
+        "attention_bias",
+    ):
+        assert getattr(dense, name) == getattr(wanted, name), name
+    seeing = {"architectures": ["Llama4ForConditionalGeneration"], "vision_config": {"patch_size": 14}}
+    images, whole = parse_hf_config(seeing), Llama4Config()
+    assert images.image_token_id == whole.image_token_index
+    assert (images.boi_token_id, images.eoi_token_id) == (whole.boi_token_index, whole.eoi_token_index)
 
 
 def test_temperature_tuning_as_an_integer(references: References) -> None:
