@@ -7,9 +7,15 @@ packed: 1 row 33 / 32 ms, 2 rows 278 / 38 ms, 16 rows 113 / 57 ms, 512 rows 797 
 
 from __future__ import annotations
 
+import bisect
+
 import torch
 
 from outrider.kernels.gemm import linear
+
+ROW_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+"""oneDNN keeps code and scratch memory, 0.65 MB, for every number of rows that a matrix shape ever met, up to a
+thousand of them (650 MB): products are padded to these, more than the last to its multiples."""
 
 PACKED_FOR_ROWS = 64  # oneDNN picks the layout for this many rows; 64 was best or equal from 1 to 512
 _PACKABLE = (torch.float32, torch.bfloat16)
@@ -33,5 +39,17 @@ class Matrix:
         """``x[T, K] @ weight.T``, ``[T, N]`` in the dtype of ``x``."""
         if self.packed is None:
             return linear(x, self.weight)
+        num_rows = x.shape[0]
+        missing = padded_rows(num_rows) - num_rows
+        if missing:
+            x = torch.cat([x, x.new_zeros((missing, x.shape[1]))])
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
-        return y
+        return y[:num_rows] if missing else y
+
+
+def padded_rows(num_rows: int) -> int:
+    """Rows of the product that is computed for ``num_rows``: the next of ``ROW_COUNTS``, or of its last's multiples."""
+    largest = ROW_COUNTS[-1]
+    if num_rows > largest:
+        return -(-num_rows // largest) * largest
+    return ROW_COUNTS[bisect.bisect_left(ROW_COUNTS, num_rows)]

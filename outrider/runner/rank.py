@@ -33,8 +33,8 @@ from outrider.runner.resolve import Resolved, resolve
 from outrider.runner.warmup import compile_kernels, measure_activations, warm_up
 
 GIB = 1 << 30
-CPU_KV_BYTES = 8 * GIB
-"""At most this, and a quarter of the memory; pages that hold no token yet are not resident."""
+CPU_KV_BYTES = 2 * GIB
+"""At most this, and a quarter of the memory: every page becomes resident in time, since old prefixes are kept."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 GRAPH_RESERVE_BYTES = GIB
 """Kept free for CUDA graphs and the allocator's rounding."""
