@@ -2,10 +2,14 @@
 
     python -m benchmarks.soak [--minutes 30] [--model FOLDER] [--clients 16] [-- SERVE FLAGS]
 
-Streams, whole answers, several choices, grammars, disconnects, wrong requests and prefix hits, all at once. Samples
-the resident memory of every process and the probes once a second. Writes ``benchmarks/results/soak.html`` (the plot)
-and ``soak.json``; exits 1 when memory grows faster than ``MAX_SLOPE_MB`` an hour after warm-up, when a probe
-fails, when the engine is restarted, or when an answer is a 500.
+Completions, chats and responses, streamed and whole, several choices, grammars, tools, disconnects, wrong requests
+and prefix hits, all at once. Samples the memory of every process and the probes once a second. Writes
+``benchmarks/results/soak.html`` (the plot) and ``soak.json``; exits 1 when memory grows faster than ``MAX_SLOPE_MB``
+an hour after warm-up, when a probe fails, when the engine is restarted, or when an answer is a 500
+or does not come.
+
+On a CPU the KV cache becomes resident as it fills, so by default it is small enough (``SERVE_FLAGS``) to be full
+long before the warm-up ends.
 """
 
 from __future__ import annotations
@@ -14,8 +18,10 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,16 +37,25 @@ from outrider.tools.plots import Series, line_plot, page, table
 
 RESULTS = Path(__file__).parent / "results"
 MAX_SLOPE_MB = 5.0
+ANSWER_S = 300
 WARM_UP_SHARE = 0.25
 """The first part of the run, in which pools and caches fill, does not count for the slope."""
 
-SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+SERVE_FLAGS = ("--kv-cache-memory-bytes", "256M", "--max-model-len", "2048")
+GPU_QUERY = (
+    shutil.which("nvidia-smi"),
+    "--query-compute-apps=pid,used_memory",
+    "--format=csv,noheader,nounits",
+)
+SYSTEM = "You answer in one short sentence, and you never guess. " * 6
+WORDS = ("sea", "train", "bread", "moon", "proof", "engine")
 
 
 class Server:
     """The process under load and the URL that its log names."""
 
     def __init__(self, model: str | None, flags: list[str]) -> None:
+        self.flags = flags
         command = [sys.executable, "-m", "outrider", "serve", *([model] if model else [])]
         command += ["--host", "127.0.0.1", "--port", "0", "--disable-uvicorn-access-log", *flags]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -60,10 +75,12 @@ class Server:
             if "ERROR" in line:
                 sys.stderr.write(line)
 
-    def resident_mb(self) -> dict[str, float]:
-        """Resident memory of the front end and of everything below it, in MB."""
-        sizes = {"front end": _resident_mb(self.process.pid)}
-        sizes["engine"] = sum(_resident_mb(pid) for pid in _children(self.process.pid))
+    def memory_mb(self) -> dict[str, float]:
+        """Resident memory of the front end and of everything below it, and their GPU memory if any, in MB."""
+        below = _children(self.process.pid)
+        sizes = {"front end": _resident_mb(self.process.pid), "engine": sum(map(_resident_mb, below))}
+        if GPU_QUERY[0] is not None:
+            sizes["gpu"] = _gpu_mb(set(below))
         return sizes
 
 
@@ -76,6 +93,14 @@ def _children(pid: int) -> list[int]:
     return found
 
 
+def _gpu_mb(pids: set[int]) -> float:
+    """GPU memory that the driver counts for these processes; in a container it may count for none."""
+    command = [str(part) for part in GPU_QUERY]
+    rows = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    used = [row.split(",") for row in rows if row.count(",") == 1]
+    return sum(float(size) for pid, size in used if int(pid) in pids) * (1 << 20) / 1e6
+
+
 def _resident_mb(pid: int) -> float:
     """Resident memory without mapped files, which come and go with the needs of other processes."""
     with contextlib.suppress(OSError):
@@ -85,27 +110,39 @@ def _resident_mb(pid: int) -> float:
     return 0.0
 
 
-def request_of(rng: random.Random) -> tuple[dict[str, Any], float | None]:
-    """A body and, for clients that leave early, after how many seconds."""
-    words = " ".join(
-        rng.choice(("sea", "train", "bread", "moon", "proof", "engine")) for _ in range(rng.randrange(1, 60))
-    )
-    body: dict[str, Any] = {
-        "prompt": words,
-        "max_tokens": rng.randrange(1, 80),
-        "temperature": rng.choice((0, 1)),
-    }
-    body["stream"] = rng.random() < 0.6
+def schema_of(rng: random.Random) -> dict[str, Any]:
+    """One of a few hundred schemas: some are new to the server, most are not."""
+    return {"type": "object", "properties": {f"a{rng.randrange(300)}": {"type": "integer"}}}
+
+
+def words_of(rng: random.Random) -> str:
+    """Up to sixty words, and now and then a long text."""
+    return " ".join(rng.choices(WORDS, k=rng.randrange(1, 60) if rng.random() < 0.95 else 500))
+
+
+def request_of(rng: random.Random) -> tuple[str, dict[str, Any], float | None]:
+    """A path, a body and, for clients that leave early, after how many seconds."""
+    patience_s = rng.random() if rng.random() < 0.15 else None
+    body: dict[str, Any] = {"temperature": rng.choice((0, 1)), "stream": rng.random() < 0.6}
+    route = rng.random()
+    if route < 0.1:
+        body |= {"input": words_of(rng), "instructions": SYSTEM, "max_output_tokens": rng.randrange(1, 80)}
+        return "/v1/responses", body, patience_s
+    body["max_tokens"] = rng.randrange(1, 80)
     kind = rng.random()
     if kind < 0.1:
         body |= {"n": 3, "temperature": 1}
-    elif kind < 0.2:
-        body["logprobs"] = 5
     elif kind < 0.25:
-        body["response_format"] = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}
+        schema = {"name": "s", "schema": schema_of(rng)}
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
     elif kind < 0.3:
         body["max_tokens"] = rng.choice((-1, 10**9, "x"))
-    return body, rng.random() if rng.random() < 0.15 else None
+    if route < 0.4:
+        system = {"role": "system", "content": SYSTEM}
+        body["messages"] = [system, {"role": "user", "content": words_of(rng)}]
+        return "/v1/chat/completions", body, patience_s
+    body |= {"prompt": words_of(rng), "logprobs": rng.choice((None, None, 5))}
+    return "/v1/completions", body, patience_s
 
 
 class Load:
@@ -119,15 +156,26 @@ class Load:
     async def client(self, seed: int) -> None:
         """One client, one request after the other."""
         rng = random.Random(seed)
-        async with httpx.AsyncClient(base_url=self._url, timeout=120) as http:
+        async with httpx.AsyncClient(base_url=self._url, timeout=ANSWER_S) as http:
             while time.monotonic() < self._end_s:
-                body, patience_s = request_of(rng)
+                path, body, patience_s = request_of(rng)
                 try:
-                    answer = await asyncio.wait_for(http.post("/v1/completions", json=body), patience_s)
+                    answer = await asyncio.wait_for(http.post(path, json=body), patience_s)
                     outcome = str(answer.status_code)
                 except TimeoutError:
                     outcome = "left"
+                except httpx.ReadTimeout:
+                    outcome = "timeout"
+                    print("no answer:", path, json.dumps(body), file=sys.stderr)
                 self.statuses[outcome] = self.statuses.get(outcome, 0) + 1
+
+
+async def is_ready(http: httpx.AsyncClient) -> bool:
+    """Whether the probe says so in time."""
+    try:
+        return (await http.get("/readyz")).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 async def run(server: Server, minutes: float, clients: int) -> dict[str, Any]:
@@ -136,14 +184,14 @@ async def run(server: Server, minutes: float, clients: int) -> dict[str, Any]:
     load = Load(server.url, start + minutes * 60)
     workers = [asyncio.create_task(load.client(seed)) for seed in range(clients)]
     times: list[float] = []
-    memory: dict[str, list[float]] = {"front end": [], "engine": []}
+    memory: dict[str, list[float]] = {name: [] for name in server.memory_mb()}
     failed_probes = 0
     async with httpx.AsyncClient(base_url=server.url, timeout=10) as http:
         while not all(worker.done() for worker in workers):
             times.append((time.monotonic() - start) / 60)
-            for name, size in server.resident_mb().items():
+            for name, size in server.memory_mb().items():
                 memory[name].append(size)
-            failed_probes += (await http.get("/readyz")).status_code != 200
+            failed_probes += not await is_ready(http)
             await asyncio.sleep(1)
         metrics = (await http.get("/metrics")).text
     for worker in workers:
@@ -175,8 +223,8 @@ def write(result: dict[str, Any], folder: Path) -> None:
     rows = [
         [key, json.dumps(value)] for key, value in result.items() if key not in ("times_min", "memory_mb")
     ]
-    intro = "Mixed load on one server; resident memory of its processes, sampled once a second."
-    plot = line_plot("Resident memory", "minutes", "MB", series)
+    intro = "Mixed load on one server; memory of its processes, sampled once a second."
+    plot = line_plot("Memory", "minutes", "MB", series)
     (folder / "soak.html").write_text(page("Soak", intro, [table(["", ""], rows)], [plot]), encoding="utf-8")
     summary = {key: value for key, value in result.items() if key not in ("times_min", "memory_mb")}
     (folder / "soak.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -190,7 +238,7 @@ def is_good(result: dict[str, Any]) -> bool:
         and result["failed_probes"] == 0
         and result["engine_stalled_total"] == 0
         and result["engine_restarts_total"] == 0
-        and "500" not in result["answers"]
+        and not {"500", "timeout"} & set(result["answers"])
     )
 
 
@@ -207,13 +255,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(own)
-    server = Server(args.model, flags)
+    server = Server(args.model, flags or list(SERVE_FLAGS))
     try:
         result = asyncio.run(run(server, args.minutes, args.clients))
     finally:
         server.process.send_signal(signal.SIGTERM)
         server.process.wait(60)
-    write(result, args.results)
+    about = {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(["python -m benchmarks.soak", *argv]),
+        "serve": " ".join(server.flags),
+        "cores": len(os.sched_getaffinity(0)),
+    }
+    write(about | result, args.results)
     return 0 if is_good(result) else 1
 
 

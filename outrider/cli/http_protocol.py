@@ -121,7 +121,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refused = True
         self._stop_clock()
         cycle = cast(Any, self.cycle)
-        if cycle is None or cycle.response_complete:
+        if cycle is None or cycle.response_complete or not cycle.response_started:
+            if cycle is not None:
+                cycle.disconnected = True  # the handler must not answer as well
             line = (
                 f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
             )

@@ -18,6 +18,9 @@ QUEUE_S = 10.0
 FIRST_GUESS = 5000.0
 """Prompt tokens a second, until the first measurement."""
 
+MIN_QUEUE_TOKENS = 2048
+"""The measured queue is never shorter: requests that waited for others to end show too low a rate of prefill."""
+
 _WINDOW_S = 1.0
 _WEIGHT = 0.3
 _MAX_RETRY_AFTER_S = 60.0
@@ -38,7 +41,9 @@ class Backlog:
     @property
     def limit(self) -> int:
         """Prompt tokens that may wait."""
-        return self._max_tokens if self._max_tokens is not None else int(self.rate * QUEUE_S)
+        if self._max_tokens is not None:
+            return self._max_tokens
+        return max(int(self.rate * QUEUE_S), MIN_QUEUE_TOKENS)
 
     def check(self, num_tokens: int, num_live: int, max_num_seqs: int) -> None:
         """``OverloadedError`` when ``num_tokens`` more must not wait; ``num_live`` requests are unfinished."""

@@ -21,7 +21,7 @@ from outrider.server.call import read_body
 from outrider.server.chat import create_chat_completion
 from outrider.server.completions import create_completion
 from outrider.server.context import ServerContext
-from outrider.server.errors import JSONResponse, handle_disconnect, handle_error
+from outrider.server.errors import JSONResponse, handle_disconnect, handle_error, handle_recursion
 from outrider.server.media import MediaLoader
 from outrider.server.metrics import Metrics
 from outrider.server.middleware import Gate
@@ -62,6 +62,7 @@ def create_app(
     app.state.context = context
     for error in (RequestError, EngineError, Exception):
         app.add_exception_handler(error, handle_error)
+    app.add_exception_handler(RecursionError, handle_recursion)
     app.add_exception_handler(ClientDisconnect, handle_disconnect)
     app.add_middleware(
         CORSMiddleware,
@@ -139,7 +140,7 @@ def _add_generation_routes(app: FastAPI, context: ServerContext) -> None:
 
     @app.post("/detokenize", openapi_extra=_body_docs(DetokenizeBody))
     async def detokenize(http: Request) -> Response:
-        return info.detokenize(context, await read_body(http, DetokenizeBody))
+        return await info.detokenize(context, await read_body(http, DetokenizeBody))
 
     @app.post("/reset_prefix_cache")
     async def reset_prefix_cache() -> Response:

@@ -41,6 +41,10 @@ from outrider.types import SamplingParams
 
 logger = logging.getLogger("outrider.server")
 
+MAX_CHOICES_BYTES = 512 << 20
+"""Prompts, images and token lists of all choices of a request, each of which is sent to the engine."""
+
+_ID_BYTES = 32
 REQUEST_ID_HEADER = "x-request-id"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
 
@@ -113,6 +117,13 @@ class Call:
                 f"A request may ask for at most {MAX_BATCH} choices in all, got {len(prompts)} prompts x n={n}.",
                 param="n",
             )
+        sizes = (_num_bytes(prompt, sampling) for prompt, sampling in zip(prompts, params, strict=True))
+        if n * sum(sizes) > MAX_CHOICES_BYTES:
+            raise RequestError(
+                f"The choices of this request need more than {MAX_CHOICES_BYTES >> 20} MiB together; "
+                "send fewer or smaller prompts, images or token lists, or a smaller n.",
+                param="n",
+            )
         generation = Generation(
             self.context,
             self.engine_id,
@@ -166,6 +177,12 @@ class Call:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         finally:
             generation.close()
+
+
+def _num_bytes(prompt: Prompt, sampling: SamplingParams) -> int:
+    """Memory of one choice in the engine, roughly."""
+    num_ids = len(prompt.ids) + len(sampling.allowed_token_ids)
+    return num_ids * _ID_BYTES + sum(len(image.pixels) for image in prompt.images)
 
 
 def _cache_salt(tenant: str, salt: str | None) -> str:

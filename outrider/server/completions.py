@@ -124,19 +124,16 @@ async def _prompts(context: ServerContext, body: CompletionBody, max_tokens: int
         )
     if len(items) > MAX_BATCH:
         raise RequestError(f"At most {MAX_BATCH} prompts fit a request, got {len(items)}.", param="prompt")
-    return [await _prompt(context, body, item, max_tokens) for item in items]
+    num_chars = sum(len(item) for item in items if isinstance(item, str))
+    return [await _prompt(context, body, item, max_tokens, num_chars) for item in items]
 
 
 async def _prompt(
-    context: ServerContext, body: CompletionBody, item: str | list[int], max_tokens: int
+    context: ServerContext, body: CompletionBody, item: str | list[int], max_tokens: int, num_chars: int
 ) -> Prompt:
     if isinstance(item, str):
-        ids = (
-            await context.encode(item, add_special_tokens=body.add_special_tokens is not False)
-            if item
-            else []
-        )
-        text = item
+        special, text = body.add_special_tokens is not False, item
+        ids = await context.encode(item, add_special_tokens=special, num_chars=num_chars) if item else []
     else:
         ids, text = item, None
         if ids and max(ids) >= context.vocab_size:

@@ -87,15 +87,18 @@ class ServerContext:
         if name and name not in self.model_names:
             raise NotFoundError(f"The model `{name}` does not exist.", param="model")
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of user text, off the event loop when it is long; refuses what cannot fit the context."""
+    async def encode(self, text: str, *, add_special_tokens: bool, num_chars: int = 0) -> list[int]:
+        """Token ids of user text, off the event loop when it is long; refuses what cannot fit the context.
+
+        ``num_chars`` is the length of all texts of the request, where it has several.
+        """
         if len(text) > self.tokenizer.max_chars(self.max_model_len):
             raise RequestError(
                 f"This model's maximum context length is {self.max_model_len} tokens and your text of "
                 f"{len(text)} characters cannot fit; shorten it.",
                 param="input_text",
             )
-        if len(text) < THREAD_THRESHOLD_CHARS:
+        if max(len(text), num_chars) < THREAD_THRESHOLD_CHARS:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
 

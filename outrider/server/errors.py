@@ -14,8 +14,11 @@ from starlette.responses import Response
 
 from outrider.errors import EngineDeadError, EngineError, OverloadedError, RequestError
 
+TOO_DEEP = "The body is nested too deeply; flatten it."
 INTERNAL_ERROR = "The server failed on this request; its log says why."
 RESTART_RETRY_S = 5
+MAX_ERROR_CHARS = 1000
+"""Errors repeat what the client wrote; so much of it is enough."""
 
 
 class JSONResponse(Response):
@@ -35,6 +38,8 @@ def error_body(error: Exception) -> dict[str, Any]:
         status, kind, param, message = error.status, error.type, error.param, error.message
     elif isinstance(error, EngineError):
         status, kind, message = error.status, error.type, str(error)
+    if len(message) > MAX_ERROR_CHARS:
+        message = message[:MAX_ERROR_CHARS] + "…"
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
@@ -52,6 +57,11 @@ def error_response(error: Exception) -> Response:
 async def handle_error(request: Request, error: Exception) -> Response:
     """Exception handler of the application; unexpected errors are logged by the HTTP server."""
     return error_response(error)
+
+
+async def handle_recursion(request: Request, error: Exception) -> Response:
+    """Values that the decoder took may still be nested too deeply for those who walk through them."""
+    return error_response(RequestError(TOO_DEEP))
 
 
 async def handle_disconnect(request: Request, error: Exception) -> Response:

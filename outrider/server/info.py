@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from typing import Any
 
@@ -10,7 +11,7 @@ from starlette.responses import Response
 
 from outrider import __version__
 from outrider.errors import RequestError
-from outrider.server.context import ServerContext
+from outrider.server.context import THREAD_THRESHOLD_CHARS, ServerContext
 from outrider.server.errors import JSONResponse
 from outrider.server.messages import render_chat
 from outrider.server.protocol import DetokenizeBody, TokenizeBody
@@ -102,14 +103,16 @@ async def tokenize(context: ServerContext, body: TokenizeBody) -> Response:
     )
 
 
-def detokenize(context: ServerContext, body: DetokenizeBody) -> Response:
+async def detokenize(context: ServerContext, body: DetokenizeBody) -> Response:
     """POST /detokenize: the text of ids, special tokens kept."""
     context.check_model(body.model)
     if body.tokens and max(body.tokens) >= context.vocab_size:
         raise RequestError(
             f"tokens holds {max(body.tokens)}, but ids must be below {context.vocab_size}.", param="tokens"
         )
-    return JSONResponse({"prompt": context.tokenizer.decode(body.tokens)})
+    if len(body.tokens) < THREAD_THRESHOLD_CHARS:
+        return JSONResponse({"prompt": context.tokenizer.decode(body.tokens)})
+    return JSONResponse({"prompt": await asyncio.to_thread(context.tokenizer.decode, body.tokens)})
 
 
 def tokenizer_info(context: ServerContext) -> Response:

@@ -24,7 +24,7 @@ from outrider.text.images import MAX_BYTES, ImageProcessor, ProcessedImage
 
 DEFAULT_MAX_IMAGES = 32
 FETCH_TIMEOUT_S = 5.0
-MAX_DECODING = 2  # decoders at work at once; each may need 150 MB
+MAX_DECODING = 2  # decoders at work at once; each may need 400 MB
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # leads to IPv4 addresses that are not checked
 _PORTS = {"http": 80, "https": 443}
 

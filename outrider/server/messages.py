@@ -153,9 +153,15 @@ def _part(part: Any, where: str, urls: list[str]) -> dict[str, Any]:
 
 
 def _num_chars(value: Any) -> int:
-    """Characters of all texts in a JSON value."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(len(key) + _num_chars(item) for key, item in value.items())
-    return sum(map(_num_chars, value)) if isinstance(value, (list, tuple)) else 0
+    """Characters of all texts in a JSON value, however deeply it is nested."""
+    count, waiting = 0, [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            count += len(item)
+        elif isinstance(item, dict):
+            waiting += item
+            waiting += item.values()
+        elif isinstance(item, (list, tuple)):
+            waiting += item
+    return count

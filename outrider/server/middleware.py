@@ -14,11 +14,15 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from outrider.errors import TooLargeError
+from outrider.errors import OverloadedError, TooLargeError
 from outrider.server.errors import JSONResponse, error_response
 from outrider.server.metrics import Metrics
 
 MAX_BODY_BYTES = 32 << 20
+MAX_HELD_BYTES = 1 << 30
+"""Bodies of all requests that are being read or answered; a request that does not fit is told to come back."""
+
+HELD_RETRY_S = 5.0
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/ping"})
 SEND_BODY = "outrider.send_body"
 """Scope key of a ``send`` for body messages after the start: the layers between it and a handler only read starts."""
@@ -27,7 +31,7 @@ _UNMEASURED = OPEN_PATHS | {"/metrics", "/load", "/version", "/server_info"}
 
 
 class Gate:
-    """Admits a request or answers it: 401 without a valid key, 413 for a body that is too large."""
+    """Admits a request or answers it: 401 without a valid key, 413 for a body that is too large, 503 for too many."""
 
     def __init__(
         self, app: ASGIApp, *, metrics: Metrics, api_keys: Sequence[str], send_request_id: bool
@@ -37,6 +41,7 @@ class Gate:
         self._metrics = metrics
         self._digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
         self._send_request_id = send_request_id
+        self._num_held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
@@ -44,7 +49,6 @@ class Gate:
             await self._app(scope, receive, send)
             return
         scope[SEND_BODY] = send
-        send = _closing(send)
         headers = dict(scope["headers"])
         if self._digests and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
             tenant = self._tenant(headers.get(b"authorization", b""))
@@ -56,9 +60,18 @@ class Gate:
             scope["outrider.tenant"] = tenant
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > MAX_BODY_BYTES:
-            await error_response(_too_large())(scope, receive, send)
+            await error_response(_too_large())(scope, receive, _closing(send))
             return
-        await self._measured(scope, _bounded(receive), send, headers.get(b"x-request-id"))
+        body = _Body(self, receive, send)
+        try:
+            await self._measured(scope, body.receive, body.send, headers.get(b"x-request-id"))
+        finally:
+            self._num_held_bytes -= body.num_bytes
+
+    def hold(self, num_bytes: int) -> bool:
+        """Account for bytes of a body; False when all bodies together are too large."""
+        self._num_held_bytes += num_bytes
+        return self._num_held_bytes <= MAX_HELD_BYTES
 
     def _tenant(self, authorization: bytes) -> str | None:
         """The isolation name of the key's owner, empty when there is one key only; None for a wrong key."""
@@ -96,31 +109,47 @@ class Gate:
         self._metrics.http_seconds.labels(scope["method"], handler).observe(seconds)
 
 
+class _Body:
+    """Counts a request's bytes as they come. One that was refused for them ends its connection with the answer.
+
+    What is left of such a body would otherwise be read for as long as it comes.
+    """
+
+    def __init__(self, gate: Gate, receive: Receive, send: Send) -> None:
+        self.num_bytes = 0
+        self._gate = gate
+        self._receive = receive
+        self._send, self._send_last = send, _closing(send)
+        self._is_refused = False
+
+    async def receive(self) -> Message:
+        """The next message; ``TooLargeError`` or ``OverloadedError`` for a client that sends more than fits."""
+        message = await self._receive()
+        size = len(message.get("body", b"")) if message["type"] == "http.request" else 0
+        self.num_bytes += size
+        is_held = self._gate.hold(size)
+        self._is_refused = bool(size) and (self.num_bytes > MAX_BODY_BYTES or not is_held)
+        if self.num_bytes > MAX_BODY_BYTES:
+            raise _too_large()
+        if size and not is_held:
+            text = f"The server holds all the {MAX_HELD_BYTES >> 20} MiB of bodies that it can; try again in"
+            raise OverloadedError(f"{text} {HELD_RETRY_S:.0f} s.", retry_after_s=HELD_RETRY_S)
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Pass a message of the answer on."""
+        await (self._send_last if self._is_refused else self._send)(message)
+
+
 def _closing(send: Send) -> Send:
-    """Ends the connection after a 413: the rest of the body would otherwise be read for as long as it comes."""
+    """Ends the connection with the answer."""
 
     async def send_closing(message: Message) -> None:
-        if message["type"] == "http.response.start" and message["status"] == 413:
+        if message["type"] == "http.response.start":
             message["headers"] = [*message["headers"], (b"connection", b"close")]
         await send(message)
 
     return send_closing
-
-
-def _bounded(receive: Receive) -> Receive:
-    """Counts body bytes as they come; a client that sends more than allowed gets an error."""
-    received = 0
-
-    async def receive_counted() -> Message:
-        nonlocal received
-        message = await receive()
-        if message["type"] == "http.request":
-            received += len(message.get("body", b""))
-            if received > MAX_BODY_BYTES:
-                raise _too_large()
-        return message
-
-    return receive_counted
 
 
 def _too_large() -> TooLargeError:

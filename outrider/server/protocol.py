@@ -20,6 +20,16 @@ MAX_N = 128
 MAX_BATCH = 1024
 MAX_STOP_STRINGS = 64
 MAX_MESSAGES = 4096
+MAX_JSON_NODES = 1 << 18
+"""Texts of a body, and its lists and objects; they cost far more than their bytes."""
+
+MAX_JSON_VALUES = 1 << 22
+"""Members and elements of a body, numbers for the most part."""
+
+MAX_DETOKENIZE_IDS = 1 << 20
+
+CHECKED_FROM_BYTES = 512 << 10
+"""A smaller body cannot hold as many: no text, list or object is shorter than two bytes."""
 _INT64 = 2**63
 
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -128,7 +138,7 @@ class DetokenizeBody(msgspec.Struct, kw_only=True):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: TokenIds
+    tokens: Annotated[list[Count], Meta(max_length=MAX_DETOKENIZE_IDS)]
 
 
 class PromptTokensDetails(msgspec.Struct, kw_only=True):
@@ -256,6 +266,7 @@ def _decoder(kind: type[Any]) -> msgspec.json.Decoder[Any]:
 
 def decode_body(body: bytes, kind: type[Body]) -> Body:
     """Decode a request body; ``RequestError`` names the field that is wrong and what it must be."""
+    _check_nodes(body)
     try:
         decoded: Body = _decoder(kind).decode(body)
         return decoded
@@ -266,3 +277,21 @@ def decode_body(body: bytes, kind: type[Body]) -> Body:
         raise RequestError(f"{where}{reason}.", param=path or None) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError("The body is not valid JSON; send one JSON object encoded as UTF-8.") from error
+
+
+def _check_nodes(body: bytes) -> None:
+    """Refuse a body whose decoding would take seconds, before it is decoded."""
+    if len(body) < CHECKED_FROM_BYTES:
+        return
+    if b"\\" in body:  # escaped quotes end no text
+        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    is_fine = body.count(b'"') <= 2 * MAX_JSON_NODES
+    if is_fine:
+        outside = b"".join(body.split(b'"')[::2])
+        is_fine = outside.count(b"[") + outside.count(b"{") <= MAX_JSON_NODES
+        is_fine = is_fine and outside.count(b",") <= MAX_JSON_VALUES
+    if not is_fine:
+        raise RequestError(
+            f"The body holds more than {MAX_JSON_NODES:,} texts or lists, or {MAX_JSON_VALUES:,} values; "
+            "send less at a time."
+        )

@@ -130,7 +130,7 @@ def _token_ids(context: ServerContext, ids: list[int] | None, name: str) -> tupl
             f"{name} holds {max(ids)}, but ids must be below the vocabulary size {context.vocab_size}.",
             param=name,
         )
-    return tuple(ids or ())
+    return tuple(dict.fromkeys(ids or ()))
 
 
 def _logit_bias(context: ServerContext, bias: dict[str, float] | None) -> dict[int, float]:
