@@ -6,7 +6,6 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -25,6 +24,7 @@ from outrider.server.errors import JSONResponse, handle_disconnect, handle_error
 from outrider.server.media import MediaLoader
 from outrider.server.metrics import Metrics
 from outrider.server.middleware import Gate
+from outrider.server.openapi import ERRORS, METRICS, add_schemas, body_docs
 from outrider.server.protocol import (
     ChatBody,
     CompletionBody,
@@ -58,7 +58,14 @@ def create_app(
         media=_media_loader(tokenizer, model_config, server_config, engine_config),
     )
     openapi_url = None if server_config.disable_fastapi_docs else "/openapi.json"
-    app = FastAPI(title="outrider", version=__version__, redirect_slashes=False, openapi_url=openapi_url)
+    app = FastAPI(
+        title="outrider",
+        version=__version__,
+        redirect_slashes=False,
+        openapi_url=openapi_url,
+        responses=ERRORS,
+    )
+    add_schemas(app)
     app.state.context = context
     for error in (RequestError, EngineError, Exception):
         app.add_exception_handler(error, handle_error)
@@ -100,25 +107,18 @@ def load_chat_template(tokenizer: Tokenizer, override: str | None) -> ChatTempla
     return ChatTemplate(source, tokenizer.special_tokens, tokenizer.named_tokens) if source else None
 
 
-def _body_docs(kind: type[msgspec.Struct]) -> dict[str, Any]:
-    """The request body's schema for the OpenAPI page."""
-    (schema,), parts = msgspec.json.schema_components([kind], ref_template="#/$defs/{name}")
-    document = {**parts.pop(schema["$ref"].rsplit("/", 1)[1]), "$defs": parts}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": document}}}}
-
-
 def _add_generation_routes(app: FastAPI, context: ServerContext) -> None:
-    @app.post("/v1/completions", openapi_extra=_body_docs(CompletionBody))
+    @app.post("/v1/completions", openapi_extra=body_docs(CompletionBody))
     async def completions(http: Request) -> Response:
         return await create_completion(context, http, await read_body(http, CompletionBody))
 
-    @app.post("/v1/chat/completions", openapi_extra=_body_docs(ChatBody))
+    @app.post("/v1/chat/completions", openapi_extra=body_docs(ChatBody))
     async def chat_completions(http: Request) -> Response:
         return await create_chat_completion(context, http, await read_body(http, ChatBody))
 
     responses = Responses(context)
 
-    @app.post("/v1/responses", openapi_extra=_body_docs(ResponsesBody))
+    @app.post("/v1/responses", openapi_extra=body_docs(ResponsesBody))
     async def create_response(http: Request) -> Response:
         return await responses.create(http, await read_body(http, ResponsesBody))
 
@@ -134,11 +134,11 @@ def _add_generation_routes(app: FastAPI, context: ServerContext) -> None:
     async def cancel_response(http: Request, response_id: str) -> Response:
         return responses.cancel(http, response_id)
 
-    @app.post("/tokenize", openapi_extra=_body_docs(TokenizeBody))
+    @app.post("/tokenize", openapi_extra=body_docs(TokenizeBody))
     async def tokenize(http: Request) -> Response:
         return await info.tokenize(context, await read_body(http, TokenizeBody))
 
-    @app.post("/detokenize", openapi_extra=_body_docs(DetokenizeBody))
+    @app.post("/detokenize", openapi_extra=body_docs(DetokenizeBody))
     async def detokenize(http: Request) -> Response:
         return await info.detokenize(context, await read_body(http, DetokenizeBody))
 
@@ -161,8 +161,11 @@ def _add_info_routes(app: FastAPI, context: ServerContext) -> None:
         "/server_info": info.server_info,
     }
     for path, getter in getters.items():
-        app.add_api_route(path, _handler(getter, context), methods=["GET"], name=path.strip("/"))
-    app.add_api_route("/ping", _handler(info.ready, context), methods=["POST"], include_in_schema=False)
+        page = METRICS if path == "/metrics" else {}
+        app.add_api_route(
+            path, _handler(getter, context), methods=["GET"], name=path.strip("/"), responses=page
+        )
+    app.add_api_route("/ping", _handler(info.ready, context), methods=["POST"], name="post ping")
 
 
 def _handler(

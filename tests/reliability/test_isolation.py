@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import shutil
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -257,21 +259,23 @@ def hostile(rng: random.Random) -> tuple[str, bytes]:
     return path, raw
 
 
-def test_fuzz_at_load(server: Server) -> None:
-    """Guards against inputs that stop the engine, hang a request, change another's output, or are answered with 500."""
-    rng = random.Random(5)
+Call = tuple[str, str, dict[str, Any]]
+"""A method, a path and httpx's arguments."""
+
+
+def fuzz(server: Server, calls: Iterator[Call]) -> dict[int, int]:
+    """Send ``calls`` 64 at a time, and the control request all the while; returns how often each status was seen."""
     before = control(server)
     controls: list[str] = []
     statuses: dict[int, int] = {}
     bad: list[Any] = []
 
-    async def worker(client: httpx.AsyncClient, count: int) -> None:
-        for _ in range(count):
-            path, raw = hostile(rng)
-            answer = await client.post(path, content=raw, headers={"content-type": "application/json"})
+    async def worker(client: httpx.AsyncClient) -> None:
+        for method, path, arguments in calls:
+            answer = await client.request(method, path, **arguments)
             statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
             if answer.status_code == 500 or (answer.status_code >= 400 and leaks(answer)):
-                bad.append((path, raw, answer.status_code, answer.text))
+                bad.append((path, arguments, answer.status_code, answer.text))
 
     async def watch(client: httpx.AsyncClient, workers: list[asyncio.Task[None]]) -> None:
         while not all(worker.done() for worker in workers):
@@ -280,17 +284,73 @@ def test_fuzz_at_load(server: Server) -> None:
                 controls.append(answer.json()["choices"][0]["text"])
             await asyncio.sleep(0.2)
 
-    async def load(total: int) -> None:
+    async def load() -> None:
         limits = httpx.Limits(max_connections=80)
         async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
-            workers = [asyncio.create_task(worker(client, total // 64)) for _ in range(64)]
+            workers = [asyncio.create_task(worker(client)) for _ in range(64)]
             await asyncio.gather(*workers, watch(client, workers))
 
-    asyncio.run(load(scaled(640, 10_048)))
+    asyncio.run(load())
     assert not bad, bad[:3]
-    assert statuses.get(200, 0) > 20 and statuses.get(400, 0) > 100, statuses
-    assert len(controls) > 2 and set(controls) == {before}
+    assert set(controls) == {before}
     server.wait_idle(60)
+    return statuses
+
+
+def test_fuzz_at_load(server: Server) -> None:
+    """Guards against inputs that stop the engine, hang a request, change another's output, or are answered with 500."""
+    rng = random.Random(5)
+    headers = {"content-type": "application/json"}
+
+    def call() -> Call:
+        path, raw = hostile(rng)
+        return "POST", path, {"content": raw, "headers": headers}
+
+    statuses = fuzz(server, (call() for _ in range(scaled(640, 10_048))))
+    assert statuses.get(200, 0) > 20 and statuses.get(400, 0) > 100, statuses
+
+
+def sent_as(made: dict[str, Any]) -> Call:
+    """A generated case; those that name no length are short, so that the run is about inputs."""
+    arguments = {name: made[name] for name in ("headers", "params", "json", "cookies") if made.get(name)}
+    if isinstance(made.get("json"), dict):
+        lengths = {"max_output_tokens": 2} if "input" in made["json"] else {"max_tokens": 2}
+        arguments["json"] = {**lengths, **made["json"]}
+    if made.get("data"):
+        arguments["content"] = made["data"]
+    return made["method"], made["url"], arguments
+
+
+def test_fuzz_by_the_openapi_page(server: Server) -> None:
+    """Guards against a page that says other than the decoder, and against what its schemas allow or just not allow."""
+    schemathesis = pytest.importorskip("schemathesis")
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis.errors import Unsatisfiable
+
+    page = server.get("/openapi.json").json()
+    operations = [o.ok() for o in schemathesis.openapi.from_dict(page).get_all_operations()]
+    assert len(operations) == sum(len(methods) for methods in page["paths"].values()) >= 20
+    cases: list[Any] = []
+    with_bodies = [o for o in operations if o.method.upper() == "POST" and o.body]
+    assert len(with_bodies) == 5
+    for operation in with_bodies:
+        for mode in schemathesis.GenerationMode:
+
+            @settings(
+                max_examples=scaled(4, 1000), deadline=None, database=None, derandomize=True,
+                phases=[Phase.generate], suppress_health_check=list(HealthCheck),
+            )  # fmt: skip
+            @given(operation.as_strategy(generation_mode=mode))
+            def collect(case: Any) -> None:
+                cases.append(case)
+
+            with contextlib.suppress(Unsatisfiable):
+                collect()
+    calls = [sent_as(case.as_transport_kwargs()) for case in cases]
+    assert len(calls) > scaled(30, 9000)
+    statuses = fuzz(server, iter(calls))
+    documented = {int(status) for status in page["paths"]["/v1/completions"]["post"]["responses"]}
+    assert statuses.keys() <= documented, statuses
 
 
 # -- a small pool ------------------------------------------------------------------------------------
