@@ -15,7 +15,6 @@ import numpy as np
 from outrider.engine.sequence import Sequence
 from outrider.kv_layout import KVLayout
 
-
 RELEASE_LAG = 2
 """Steps between the plan of a sequence's last token and the return of its blocks: what is in flight is not free."""
 
