@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.host_engine import step_costs
 from benchmarks.serving import start_server
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,10 +35,11 @@ if "outrider.engine.process" in sys.orig_argv:
 """
 
 
-def cpu_s(pid: int) -> float:
-    """CPU seconds of a process so far, its children not counted."""
+def cpu_s(pid: int) -> dict[str, float]:
+    """CPU seconds of a process so far in its own code and in the kernel, its children not counted."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    ticks = os.sysconf("SC_CLK_TCK")
+    return {"user": int(fields[11]) / ticks, "kernel": int(fields[12]) / ticks}
 
 
 def measure(args: argparse.Namespace, pid: int, path: str) -> dict[str, Any]:
@@ -64,13 +66,17 @@ def summary(measured: dict[str, Any], records: list[list[float]]) -> dict[str, A
     begin, end = measured["start"], measured["end"]
     inside = [row for row in records if begin["t"] <= row[0] <= end["t"]]
     tokens = sum(int(row[4]) for row in inside)
-    seconds, front_s = end["t"] - begin["t"], end["cpu_s"] - begin["cpu_s"]
+    seconds = end["t"] - begin["t"]
+    front = {part: end["cpu_s"][part] - begin["cpu_s"][part] for part in ("user", "kernel")}
+    front_s = sum(front.values())
     first, last, steps = inside[0], inside[-1], len(inside) - 1
     idle = [row[3] for row in inside]
     return {
         "tokens_per_s": round(tokens / seconds),
         "chunks_per_s": round(end["chunks"] / seconds),
         "front_end_us_per_token": round(front_s / tokens * 1e6, 1),
+        "front_end_us_per_chunk": round(front_s / end["chunks"] * 1e6, 1),
+        "of_which_us": {part: round(value / tokens * 1e6, 1) for part, value in front.items()},
         "front_end_cpu": round(front_s / seconds, 3),
         "engine_thread_ms_per_step": round((last[1] - first[1]) / steps * 1e3, 3),
         "engine_process_ms_per_step": round((last[2] - first[2]) / steps * 1e3, 3),
@@ -125,6 +131,7 @@ def main() -> None:
         | {name: version(name) for name in ("uvicorn", "uvloop", "msgspec", "fastapi", "numpy")},
         "streams": args.streams,
         "step_ms": args.step_ms,
+        "engine_alone_ms": step_costs(args.streams, num_steps=200, pause_s=0.03),
         **{name: summary(row, rows) for name, row in measured.items()},
     }
     print(json.dumps(result, indent=1))

@@ -8,22 +8,28 @@ device before this step, tokens]``, one entry a launched step.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from outrider.config import EngineConfig
 from outrider.engine.engine import Engine
+from outrider.engine.executor import StepHandle
 from outrider.engine.kv_manager import KVManager
+from outrider.engine.messages import Events, encode_frame
+from outrider.engine.plan import Plan
 from outrider.engine.scheduler import Limits, Scheduler
 from outrider.kv_layout import KVLayout, plan_layout
 from outrider.runner.padding import ShapeTable, pad
 from outrider.runner.rows import RowTable
-from outrider.types import EngineInfo, StepPlan, StepResult
+from outrider.types import EngineInfo, Request, SamplingParams, StepPlan, StepResult
 
 NUM_ROWS = 512
 MAX_MODEL_LEN = 9216
@@ -90,13 +96,15 @@ def scout_layout() -> KVLayout:
 
 
 def build_engine(
-    config: EngineConfig, on_progress: Callable[[str, int, int], None]
+    config: EngineConfig, on_progress: Callable[[str, int, int], None], step_s: float | None = None
 ) -> tuple[Engine, EngineInfo]:
-    """Stands in for ``runner.setup.build_engine``."""
+    """Stands in for ``runner.setup.build_engine``; ``step_s`` None takes ``$HOST_STEP_MS``."""
+    if step_s is None:
+        step_s = float(os.environ["HOST_STEP_MS"]) / 1e3
     layout = scout_layout()
     num_blocks = NUM_ROWS * len(layout.groups) * (4096 // BLOCK_SIZE)
     records = os.environ.get("HOST_RECORDS")
-    device = ClockDevice(layout, float(os.environ["HOST_STEP_MS"]) / 1e3, Path(records) if records else None)
+    device = ClockDevice(layout, step_s, Path(records) if records else None)
     scheduler = Scheduler(KVManager(layout, num_blocks, False), Limits(NUM_ROWS, 8192, 512))
     info = EngineInfo(
         model=config.model,
@@ -114,6 +122,44 @@ def build_engine(
         max_num_seqs=NUM_ROWS,
     )
     return Engine(scheduler, device, None, depth=2), info
+
+
+def step_costs(num_streams: int, num_steps: int, pause_s: float) -> dict[str, dict[str, float]]:
+    """CPU milliseconds of a decode step's parts, with the engine alone in this process: least and median.
+
+    Between two steps the thread sleeps, as it does while a device works, so caches are as cold as in a server.
+    """
+    engine, _ = build_engine(EngineConfig(model="clock"), lambda *_: None, step_s=0.0)
+    for index in range(num_streams):
+        params = SamplingParams(max_tokens=2 * num_steps + 100, temperature=0.0, ignore_eos=True)
+        engine.add(Request(request_id=f"cmpl-{index:032x}-0-0", prompt_token_ids=[5] * 32, sampling=params))
+    costs: dict[str, list[float]] = {name: [] for name in ("schedule", "launch", "commit", "message", "step")}
+    in_flight: list[tuple[Plan, StepHandle]] = []
+    gc.collect()
+    gc.freeze()
+    while len(costs["step"]) < num_steps:
+        clock = [time.thread_time()]
+        plan = engine.scheduler.schedule()
+        clock.append(time.thread_time())
+        assert plan is not None
+        in_flight.append((plan, engine.executor.launch(plan.step)))
+        clock.append(time.thread_time())
+        oldest, handle = in_flight[0]
+        events = engine.scheduler.commit(oldest, handle.wait()) if len(in_flight) == 2 else []
+        clock.append(time.thread_time())
+        encode_frame(Events(events, engine.stats(), True))
+        clock.append(time.thread_time())
+        del in_flight[:-1]
+        if len(plan.step.slices) == len(events) == num_streams:
+            parts = [after - before for before, after in pairwise(clock)]
+            for name, seconds in zip(costs, [*parts, sum(parts)], strict=True):
+                costs[name].append(seconds * 1e3)
+            time.sleep(pause_s)
+    gc.unfreeze()
+    return {
+        name: {"least": round(min(ms), 3), "median": round(statistics.median(ms), 3)}
+        for name, ms in costs.items()
+    }
 
 
 def install() -> None:

@@ -43,9 +43,9 @@ class PlanDraft:
 
     def add(self, seq: Sequence, count: int) -> None:
         """Compute the next ``count`` tokens of the sequence; from here on it is in flight."""
-        start, end = seq.num_computed, seq.num_computed + count
+        start, end, length = seq.num_computed, seq.num_computed + count, seq.length
         from_device = end > len(seq.token_ids)
-        samples = end == seq.length
+        samples = end == length
         self.slices.append(
             SeqSlice(
                 seq.row,
@@ -54,7 +54,7 @@ class PlanDraft:
                 [] if from_device else seq.token_ids[start:end],
                 from_device,
                 samples,
-                seq.num_outputs,
+                length - seq.prompt_len,
             )
         )
         self.sequences.append(seq)

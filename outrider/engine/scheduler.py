@@ -194,8 +194,9 @@ class Scheduler:
 
     def _can_plan(self, seq: Sequence) -> bool:
         """Whether the next slice can be decided without the tokens that are still in flight."""
-        if seq.is_exhausted or seq.remaining == 0:
-            return False
+        length = seq.length
+        if length >= seq.max_len or length == seq.num_computed:
+            return False  # enough tokens are on their way, or every known one is computed
         if self.limits.one_plan_per_sequence and seq.num_pending:
             return False
         if seq.grammar is not None and (seq.num_pending or not seq.grammar.is_ready):
@@ -310,7 +311,7 @@ class Scheduler:
         if token_id < 0:
             self._finish(seq, FINISH_ERROR)
             return TokenEvent(seq.request.request_id, [], FINISH_ERROR, error=NOT_FINITE)
-        first = seq.num_read == 0
+        first = len(seq.token_ids) == seq.prompt_len
         seq.token_ids.append(token_id)
         self.stats.generation_tokens += 1
         reason, stop_reason = self._end_of(seq, token_id)

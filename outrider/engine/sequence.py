@@ -88,8 +88,3 @@ class Sequence:
         """Whether all but the newest token is computed, so the next slice is a single token."""
         length = len(self.token_ids) + self.num_pending
         return self.num_computed == length - 1 and length > self.prompt_len
-
-    @property
-    def is_exhausted(self) -> bool:
-        """Whether enough tokens are generated or on their way; nothing more is to be planned."""
-        return len(self.token_ids) + self.num_pending >= self.max_len
