@@ -32,6 +32,7 @@ from outrider.engine.engine import Engine
 from outrider.engine.kv_manager import KVManager
 from outrider.engine.sequence import Sequence as EngineSequence
 from outrider.models.config_hf import load_model_config
+from outrider.runner.executor import InlineExecutor
 from outrider.runner.setup import build_engine
 from outrider.tools.plots import Series, line_plot, number, page, table
 from outrider.types import EngineInfo, Request, SamplingParams
@@ -342,6 +343,7 @@ def main() -> None:
         rates = Rates(rates.bytes_per_s, rates.attention_flops, rates.attention_flops)
     engine, info = build(args, lengths)
     if device.type == "cuda":  # on a CPU the pages stay untouched until a token is stored in them
+        assert isinstance(engine.executor, InlineExecutor)
         fill_with_noise(engine.executor.runner.kv.data)
     cost = ModelCost.of(config, getattr(torch, info.dtype), getattr(torch, info.kv_cache_dtype))
     bench = Bench(engine, cost, rates, args)
