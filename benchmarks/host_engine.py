@@ -8,7 +8,6 @@ device before this step, tokens]``, one entry a launched step.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import statistics
@@ -29,6 +28,7 @@ from outrider.engine.scheduler import Limits, Scheduler
 from outrider.kv_layout import KVLayout, plan_layout
 from outrider.runner.padding import ShapeTable, pad
 from outrider.runner.rows import RowTable
+from outrider.startup import settle_heap
 from outrider.types import EngineInfo, Request, SamplingParams, StepPlan, StepResult
 
 NUM_ROWS = 512
@@ -135,8 +135,7 @@ def step_costs(num_streams: int, num_steps: int, pause_s: float) -> dict[str, di
         engine.add(Request(request_id=f"cmpl-{index:032x}-0-0", prompt_token_ids=[5] * 32, sampling=params))
     costs: dict[str, list[float]] = {name: [] for name in ("schedule", "launch", "commit", "message", "step")}
     in_flight: list[tuple[Plan, StepHandle]] = []
-    gc.collect()
-    gc.freeze()
+    settle_heap()
     while len(costs["step"]) < num_steps:
         clock = [time.thread_time()]
         plan = engine.scheduler.schedule()
@@ -155,7 +154,6 @@ def step_costs(num_streams: int, num_steps: int, pause_s: float) -> dict[str, di
             for name, seconds in zip(costs, [*parts, sum(parts)], strict=True):
                 costs[name].append(seconds * 1e3)
             time.sleep(pause_s)
-    gc.unfreeze()
     return {
         name: {"least": round(min(ms), 3), "median": round(statistics.median(ms), 3)}
         for name, ms in costs.items()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import re
@@ -22,7 +21,7 @@ from outrider.cli.help import serve_help
 from outrider.cli.parser import parse_serve
 from outrider.config import EngineConfig, ServerConfig
 from outrider.errors import ConfigError
-from outrider.startup import breakdown, process_age_s
+from outrider.startup import breakdown, process_age_s, settle_heap
 
 if TYPE_CHECKING:
     import socket
@@ -124,8 +123,7 @@ async def _serve(engine_config: EngineConfig, server_config: ServerConfig, sock:
     tasks: list[asyncio.Task[None]] = []
     try:
         app = create_app(client, tokenizer, model_config, server_config, engine_config)
-        gc.collect()
-        gc.freeze()  # modules and routes are never garbage: a full collection of them would delay every stream
+        settle_heap()
         logger.info(startup_line(client.info, process_age_s()))
         logger.info("Starting outrider server on %s", url_of(sock, server_config))
         if not server_config.disable_log_stats:

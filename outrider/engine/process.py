@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
-import gc
 import logging
 import os
 import queue
@@ -40,7 +39,7 @@ from outrider.engine.messages import (
 from outrider.engine.scheduler import FAILED
 from outrider.errors import ConfigError
 from outrider.logs import setup_logging
-from outrider.startup import process_age_s
+from outrider.startup import process_age_s, settle_heap
 from outrider.types import FINISH_ERROR, Request, TokenEvent
 
 HEARTBEAT_S = 1.0
@@ -182,8 +181,7 @@ def main(fd: int, parent_pid: int) -> int:
             logger.exception("The engine could not start")
         send_frame(sock, Refused(str(error) if is_config else _root_cause(error), is_config))
         return 2 if is_config else 1
-    gc.collect()
-    gc.freeze()  # what torch and the model brought is never garbage: a full collection of it would delay a step
+    settle_heap()
     outbox = Outbox(sock)
     stages = {"imports": round(imports_s, 3), **info.startup_s}
     outbox.send(Ready(msgspec.structs.replace(info, startup_s=stages)))

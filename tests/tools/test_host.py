@@ -62,8 +62,9 @@ def test_steps_of_the_clock_follow_each_other(tmp_path: Path) -> None:
     assert idle[1] == 0.0 and idle[2] >= 0.02
 
 
-def test_cost_of_a_step() -> None:
+def test_cost_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the engine alone: every part is measured, and the parts make up the step."""
+    monkeypatch.setattr(host_engine, "settle_heap", lambda: None)  # this process goes on with other tests
     costs = host_engine.step_costs(num_streams=4, num_steps=5, pause_s=0.0)
     parts = sum(costs[name]["least"] for name in ("schedule", "launch", "commit", "message"))
     assert 0 < parts <= costs["step"]["least"] + 0.005 and costs["step"]["least"] <= costs["step"]["median"]

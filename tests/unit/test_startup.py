@@ -25,3 +25,10 @@ def test_breakdown() -> None:
     stages = {"imports": 3.14, "weights": 0.76}
     assert breakdown(stages) == "imports 3.1 s, weights 0.8 s"
     assert breakdown(stages, 9.46) == "imports 3.1 s, weights 0.8 s; ready 9.5 s after the launch"
+
+
+def test_settled_heap_is_left_alone() -> None:
+    """Guards steps against full collections: what exists when a process is ready is out of the collector's sight."""
+    code = "import gc; from outrider.startup import settle_heap; settle_heap(); print(len(gc.get_objects()) < 500)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
