@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from outrider.kernels.beside import run_beside
 from outrider.kernels.gemm import linear
 from outrider.kernels.moe import route
 from outrider.kernels.norm import Normed
@@ -47,5 +48,6 @@ class MoE:
         """``[T, M]``: this rank's share of the output."""
         if self.few_rows is not None and self.few_rows.takes(x.y):
             return self.few_rows(x.y)
+        shared = run_beside(lambda: self.shared(x), x.y.device)
         expert_ids, scores = route(linear(x.y, self.router), self.top_k)
-        return self.experts(x.y, expert_ids, scores, self.shared(x))
+        return self.experts(x.y, expert_ids, scores).add_(shared())

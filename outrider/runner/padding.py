@@ -47,7 +47,7 @@ class ShapeTable:
     """Which shapes exist for a server of ``max_num_seqs``."""
 
     def __init__(self, max_num_seqs: int) -> None:
-        fine = [*range(1, 9), *range(12, 33, 4), *range(48, max_num_seqs + 1, 16)]
+        fine = [*range(1, 9), 12, 16, 24, 32, 48, *range(64, max_num_seqs + 1, 32)]
         self.decodes = sorted({s for s in fine if s < max_num_seqs} | {max_num_seqs})
         # Beside a prompt a few rows more cost little, and every shape is a graph.
         mixed = [8, 16, *range(32, 257, 32), *range(320, max_num_seqs, 64)]
@@ -66,15 +66,14 @@ class ShapeTable:
         return StepShape(decodes, _at_least(PREFILL_TOKENS, num_prompt_tokens), PREFILL_SEQS)
 
     def start_shapes(self, prefill_share: int) -> list[StepShape]:
-        """The shapes that a server meets at once: decode sizes by powers of two, short prompts, full mixed steps.
+        """The shapes that a server meets at once: all decode sizes, short prompts, full mixed steps.
 
         The others are captured when they are first met, which delays that one step by about a fifth of a second.
         """
-        decodes = [s for s in self.decodes if s & (s - 1) == 0 or s == self.decodes[-1]]
         share = _at_least(PREFILL_TOKENS, min(prefill_share, PREFILL_TOKENS[-1]))
-        shapes = [StepShape(s, 0, 0) for s in decodes]
+        shapes = [StepShape(s, 0, 0) for s in self.decodes]
         shapes += [StepShape(0, tokens, PREFILL_SEQS) for tokens in (64, 256, 1024)]
-        shapes += [StepShape(s, share, PREFILL_SEQS) for s in self._mixed if s % 64 == 0]
+        shapes += [StepShape(s, share, PREFILL_SEQS) for s in self._mixed]
         return shapes
 
 
