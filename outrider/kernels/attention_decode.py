@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from outrider.kernels._dispatch import ceil_div, interpreted, num_sms, power_of_two_at_least
-from outrider.kernels.overlap import overlap_options, wait_for_inputs
+from outrider.kernels.overlap import let_next_start, overlap_options, wait_for_inputs
 from outrider.kernels.quantize import to_fp8
 
 LOG2_E = 1.4426950408889634
@@ -107,6 +107,7 @@ def _decode_kernel(
     QUANTIZE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    let_next_start(OVERLAP)
     wait_for_inputs(OVERLAP)
     kv_head, seq, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(seq_lens_ptr + seq)
@@ -191,6 +192,7 @@ def _merge_kernel(
     OVERLAP: tl.constexpr,
 ):
     """One program merges the splits of one head of one sequence; the weights are their softmax masses."""
+    let_next_start(OVERLAP)
     wait_for_inputs(OVERLAP)
     head, seq = tl.program_id(0), tl.program_id(1)
     length = tl.load(seq_lens_ptr + seq)
@@ -283,14 +285,14 @@ def decode_attention(
         QUANTIZE=out_scale is not None,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **overlap_options(q.device),
+        **overlap_options(q.device, num_seqs),
     )
     if num_splits > 1:
         _merge_kernel[(num_heads, num_seqs)](
             partial, lse, seq_lens, out, num_splits, scales[1], out_scale,
             D=head_dim, TILE=tile.tokens, CHUNK=chunk, SPLITS=power_of_two_at_least(num_splits, 2),
             MODEL_DTYPE=TRITON_DTYPES[q.dtype], QUANTIZE=out_scale is not None, num_warps=2,
-        **overlap_options(q.device),
+        **overlap_options(q.device, num_seqs),
     )  # fmt: skip
 
 
@@ -315,7 +317,7 @@ _NUMBERS = {
     "out_scale_ptr": "*fp32",
 }
 _QUANTIZED = {**_POINTERS, **_NUMBERS, "out_ptr": "*fp8e4nv"}
-_SHAPE = {"GROUP": 5, "D": 128, "BLOCK_SIZE": 64, "TILE": 64, "COMPUTE": tl.float16, "OVERLAP": True}
+_SHAPE = {"GROUP": 5, "D": 128, "BLOCK_SIZE": 64, "TILE": 64, "COMPUTE": tl.float16, "OVERLAP": 2}
 _MERGE = {
     "partial_ptr": "*fp32",
     "lse_ptr": "*fp32",
@@ -331,7 +333,7 @@ _MERGE_CONSTANTS = {
     "CHUNK": 0,
     "SPLITS": 64,
     "MODEL_DTYPE": tl.bfloat16,
-    "OVERLAP": True,
+    "OVERLAP": 2,
 }
 _OPTIONS = {"num_warps": DecodeTile().num_warps, "num_stages": DecodeTile().num_stages}
 AOT_SPECS = [

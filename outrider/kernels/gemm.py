@@ -16,14 +16,15 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from outrider.kernels._dispatch import arrival_counters, ceil_div, num_sms, on_gpu, power_of_two_at_least
-from outrider.kernels.overlap import overlap_options, wait_for_inputs
+from outrider.kernels.overlap import let_next_start, overlap_options, prefetch_rows, wait_for_inputs
 
 
 @dataclass(frozen=True)
 class SkinnyTile:
     """Launch constants of the few-rows product: weight rows and depth of a tile, pipeline stages, warps.
 
-    ``programs_per_sm``: the depth is split until about that many programs a multiprocessor exist.
+    ``programs_per_sm``: the depth is split until about that many programs a multiprocessor exist. ``prefetch``: bytes
+    of each FP8 weight row that a program fetches into the L2 cache while the kernel before runs: a power of two.
     """
 
     outputs: int
@@ -31,6 +32,7 @@ class SkinnyTile:
     stages: int
     warps: int
     programs_per_sm: int
+    prefetch: int = 0
 
 
 SKINNY_TILES = {
@@ -123,6 +125,7 @@ def _ones(rows: int, device: torch.device) -> torch.Tensor:
 def _skinny_kernel(
     x_desc,
     w_desc,
+    w_ptr,
     out_ptr,
     partial_ptr,
     arrivals_ptr,
@@ -137,22 +140,27 @@ def _skinny_kernel(
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     DEPTH: tl.constexpr,
+    PREFETCH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     # The last program of a tile to arrive adds the partial sums in a fixed order: deterministic.
-    wait_for_inputs(OVERLAP)
+    let_next_start(OVERLAP)
     tile_n = tl.program_id(0)
     split = tl.program_id(1)
     tile_m = tl.program_id(2)
     steps = tl.cdiv(tl.cdiv(depth, DEPTH), SPLIT_K)
     first = split * steps * DEPTH
     last = tl.minimum(first + steps * DEPTH, depth)
+    prefetch_rows(w_ptr + first, tile_n * OUTPUTS, num_outputs, depth, OUTPUTS, PREFETCH, OVERLAP)
+    outputs = tile_n * OUTPUTS + tl.arange(0, OUTPUTS)
+    if FP8:
+        w_scale = tl.load(w_scale_ptr + outputs, mask=outputs < num_outputs, other=0.0)
+    wait_for_inputs(OVERLAP)
     acc = tl.zeros((OUTPUTS, ROWS), tl.float32)
     for k in tl.range(first, last, DEPTH):
         x = x_desc.load([tile_m * ROWS, k])
         w = w_desc.load([tile_n * OUTPUTS, k])
         acc = tl.dot(w, x.T, acc)
-    outputs = tile_n * OUTPUTS + tl.arange(0, OUTPUTS)
     rows = tile_m * ROWS + tl.arange(0, ROWS)
     mask = (outputs[:, None] < num_outputs) & (rows[None, :] < num_rows)
     slots = rows[None, :].to(tl.int64) * num_outputs + outputs[:, None]
@@ -170,7 +178,7 @@ def _skinny_kernel(
             tl.store(arrivals, 0)
     if is_last:
         if FP8:
-            acc = acc * tl.load(w_scale_ptr + outputs, mask=outputs < num_outputs, other=0.0)[:, None]
+            acc = acc * w_scale[:, None]
             if X_SCALES == 2:  # one a row
                 acc = acc * tl.load(x_scale_ptr + rows, mask=rows < num_rows, other=0.0)[None, :]
             elif X_SCALES == 1:
@@ -202,6 +210,7 @@ def skinny_triton(
     _skinny_kernel[(tiles[0], split_k, tiles[1])](
         TensorDescriptor.from_tensor(x.contiguous(), [rows, tile.depth]),
         TensorDescriptor.from_tensor(weight, [tile.outputs, tile.depth]),
+        weight,
         out,
         partial,
         arrivals,
@@ -216,9 +225,10 @@ def skinny_triton(
         ROWS=rows,
         OUTPUTS=tile.outputs,
         DEPTH=tile.depth,
+        PREFETCH=_prefetch(tile, depth, split_k) if w_scale is not None else 0,
         num_warps=tile.warps,
         num_stages=tile.stages,
-        **overlap_options(x.device),
+        **overlap_options(x.device, num_rows),
     )
     return out
 
@@ -239,11 +249,20 @@ def _split_k(tiles: int, steps: int, wanted: int) -> int:
     return ceil_div(steps, ceil_div(steps, split))
 
 
+def _prefetch(tile: SkinnyTile, depth: int, split_k: int) -> int:
+    """The tile's ``prefetch``, or less where the last part of the depth is shorter: rows end where memory may."""
+    steps = ceil_div(ceil_div(depth, tile.depth), split_k)
+    most = depth - (split_k - 1) * steps * tile.depth
+    bytes_a_row = min(tile.prefetch, 1 << (most.bit_length() - 1))
+    return bytes_a_row if bytes_a_row >= 64 else 0
+
+
 def _aot_spec(fp8: bool, rows: int, split_k: int, tile: SkinnyTile):
     kind = "fp8e4nv" if fp8 else "bf16"
     signature = {
         "x_desc": f"tensordesc<{kind}[{rows}, {tile.depth}]>",
         "w_desc": f"tensordesc<{kind}[{tile.outputs}, {tile.depth}]>",
+        "w_ptr": f"*{kind}",
         "out_ptr": "*bf16",
         "partial_ptr": "*fp32",
         "arrivals_ptr": "*i32",
@@ -260,7 +279,8 @@ def _aot_spec(fp8: bool, rows: int, split_k: int, tile: SkinnyTile):
         "ROWS": rows,
         "OUTPUTS": tile.outputs,
         "DEPTH": tile.depth,
-        "OVERLAP": rows == 16,
+        "PREFETCH": tile.prefetch,
+        "OVERLAP": 2 * (rows == 16),
     }
     return _skinny_kernel, signature, constants, {"num_warps": tile.warps, "num_stages": tile.stages}
 

@@ -1,4 +1,4 @@
-"""A whole MoE layer for a few tokens, in three launches: route, gate and up, down; FP8 weights, one expert a token.
+"""A whole MoE layer for a few tokens, in three launches: norm and route, gate and up, down; FP8, one expert a token.
 
 Called by ``quant.few_rows`` for steps of at most ``FEW_ROWS`` tokens, where every launch and every half-empty wave
 counts. All rows fit one tile, so nothing is sorted: each chosen expert multiplies all rows and keeps its own. The
@@ -21,13 +21,22 @@ from outrider.kernels.moe import moe_fp8_reference, route_reference
 from outrider.kernels.moe_few_kernels import (
     FEW_ROWS,
     FEW_TILES,
+    GATE_UP_PREFETCH,
     _few_down_kernel,
     _few_gate_up_kernel,
-    _route_rows_kernel,
 )
+from outrider.kernels.moe_few_route import ROUTE_GROUP, ROUTE_STEP, ROUTE_WARPS, _norm_route_kernel
 from outrider.kernels.moe_gemm import TRITON_DTYPES, Tile
+from outrider.kernels.norm import rms_norm_reference
 from outrider.kernels.overlap import overlap_options
 from outrider.kernels.quantize import quantize_fp8_reference
+
+
+class NormWeights(NamedTuple):
+    """The RMS norm before the layer: ``weight [M]`` in the model dtype, and its epsilon."""
+
+    weight: torch.Tensor
+    eps: float
 
 
 class ExpertWeights(NamedTuple):
@@ -54,17 +63,31 @@ class SharedWeights(NamedTuple):
 
 
 def moe_few(
-    x: torch.Tensor, router: torch.Tensor, experts: ExpertWeights, shared: SharedWeights
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    norm: NormWeights,
+    router: torch.Tensor,
+    experts: ExpertWeights,
+    shared: SharedWeights,
 ) -> torch.Tensor:
-    """``shared(x) + expert(sigmoid(logit) · x)`` of ``x[T, M]``, T at most ``FEW_ROWS``; ``router`` [E, M]."""
+    """``shared(y) + expert(sigmoid(logit) · y) -> [T, M]`` with ``y = norm(x + residual)``, T at most ``FEW_ROWS``.
+
+    ``x`` and ``residual`` [T, M], ``router`` [E, M] in the model dtype. The sum replaces ``residual``.
+    """
     op = moe_few_triton if on_gpu(x) else moe_few_reference
-    return op(x, router, experts, shared)
+    return op(x, residual, norm, router, experts, shared)
 
 
 def moe_few_reference(
-    x: torch.Tensor, router: torch.Tensor, experts: ExpertWeights, shared: SharedWeights
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    norm: NormWeights,
+    router: torch.Tensor,
+    experts: ExpertWeights,
+    shared: SharedWeights,
 ) -> torch.Tensor:
     """The contract of ``moe_few``, composed of the references of the ops that it replaces."""
+    x = rms_norm_reference(x, norm.weight, norm.eps, residual).y
     expert_ids, scores = route_reference(F.linear(x, router), 1)
     routed = moe_fp8_reference(x, expert_ids, scores, *experts)
     codes = quantize_fp8_reference(x, shared.input_scale)
@@ -83,35 +106,46 @@ class _FewRows:
     expert_ids: torch.Tensor
 
 
-def route_rows_triton(
-    x: torch.Tensor, router: torch.Tensor, experts: ExpertWeights, shared: SharedWeights
+def norm_route_triton(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    norm: NormWeights,
+    router: torch.Tensor,
+    experts: ExpertWeights,
+    shared: SharedWeights,
 ) -> _FewRows:
-    """Route ``x[T, M]`` by ``router[E, M]`` and quantise the rows for both kinds of expert."""
+    """Add ``x[T, M]`` to ``residual``, normalise, route by ``router[E, M]``, quantise for both kinds of expert."""
     num_tokens, size = x.shape
     rows = torch.empty((2 * FEW_ROWS, size), dtype=torch.float8_e4m3fn, device=x.device)
     expert_ids = torch.empty(num_tokens, dtype=torch.int32, device=x.device)
-    _route_rows_kernel[(num_tokens,)](
-        x.contiguous(),
+    _norm_route_kernel[(num_tokens,)](
+        x,
+        residual,
+        norm.weight,
         router,
         experts.a13_scale,
         shared.input_scale,
         rows,
         expert_ids,
-        router.shape[0],
+        x.stride(0),
+        residual.stride(0),
+        norm.eps,
         *experts.expert_range,
+        EXPERTS=router.shape[0],
         SIZE=size,
         ROWS=FEW_ROWS,
-        BINS=power_of_two_at_least(router.shape[0], 16),
-        STEP=max(128, 16384 // power_of_two_at_least(router.shape[0], 16)),
-        BLOCK=power_of_two_at_least(size, 128),
-        num_warps=16,
-        **overlap_options(x.device),
+        GROUP=ROUTE_GROUP,
+        STEP=min(ROUTE_STEP, power_of_two_at_least(size, 128)),
+        num_warps=ROUTE_WARPS,
+        **overlap_options(x.device, num_tokens),
     )
     return _FewRows(rows, expert_ids)
 
 
 def moe_few_triton(
     x: torch.Tensor,
+    residual: torch.Tensor,
+    norm: NormWeights,
     router: torch.Tensor,
     experts: ExpertWeights,
     shared: SharedWeights,
@@ -120,7 +154,7 @@ def moe_few_triton(
     """``moe_few`` as three Triton launches; ``tiles`` overrides the table."""
     num_tokens = x.shape[0]
     up_tile, down_tile = tiles or next((up, down) for most, up, down in FEW_TILES if num_tokens <= most)
-    rows = route_rows_triton(x, router, experts, shared)
+    rows = norm_route_triton(x, residual, norm, router, experts, shared)
     hidden, shared_hidden = few_gate_up_triton(rows, experts, shared, x, up_tile)
     return few_down_triton(rows, hidden, shared_hidden, experts, shared, x, down_tile)
 
@@ -141,6 +175,7 @@ def few_gate_up_triton(
         TensorDescriptor.from_tensor(rows.x, [FEW_ROWS, tile.depth]),
         TensorDescriptor.from_tensor(experts.w13.view(-1, depth), weight_block),
         TensorDescriptor.from_tensor(shared.gate_up, weight_block),
+        shared.gate_up,
         hidden,
         shared_hidden,
         rows.expert_ids,
@@ -159,9 +194,10 @@ def few_gate_up_triton(
         OUTPUTS=tile.outputs,
         DEPTH=tile.depth,
         BINS=power_of_two_at_least(num_local, 16),
+        PREFETCH=GATE_UP_PREFETCH,
         num_warps=tile.warps,
         num_stages=tile.stages,
-        **overlap_options(x.device),
+        **overlap_options(x.device, num_tokens),
     )
     return hidden, shared_hidden
 
@@ -206,6 +242,6 @@ def few_down_triton(
         BINS=power_of_two_at_least(num_local, 16),
         num_warps=tile.warps,
         num_stages=tile.stages,
-        **overlap_options(x.device),
+        **overlap_options(x.device, num_tokens),
     )
     return out

@@ -1,4 +1,4 @@
-"""The kernels of ``moe_few``: route rows, gate and up of all chosen experts, down of all and their sum.
+"""The two products of ``moe_few``: gate and up of all chosen experts, down of all and their sum.
 
 Launched by ``moe_few`` alone, on at most ``FEW_ROWS`` tokens. Grids are fixed by the number of tokens; programs of
 experts that nobody chose leave at once (CUDA-graph safe).
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from outrider.kernels.moe_gemm import Tile
-from outrider.kernels.overlap import wait_for_inputs
+from outrider.kernels.overlap import let_next_start, prefetch_rows, wait_for_inputs
 from outrider.kernels.quantize import to_fp8
 
 FEW_ROWS = 16
@@ -23,49 +23,8 @@ FEW_TILES = (
 """(most tokens, gate-up tile, down tile). The tiles of ``moe.FP8_TILES``; splits not yet measured."""
 
 
-@triton.jit
-def _route_rows_kernel(
-    x_ptr,
-    router_ptr,
-    routed_scale_ptr,
-    shared_scale_ptr,
-    rows_ptr,
-    ids_ptr,
-    num_experts,
-    first_expert,
-    num_local,
-    SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BINS: tl.constexpr,
-    STEP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """One program routes one token and writes its row twice: scaled by the score, and as it is."""
-    wait_for_inputs(OVERLAP)
-    token = tl.program_id(0)
-    x_ptr += token * SIZE
-    experts = tl.arange(0, BINS)
-    sums = tl.zeros((BINS, STEP), tl.float32)
-    for start in tl.static_range(0, SIZE, STEP):
-        part = start + tl.arange(0, STEP)
-        mask = (experts < num_experts)[:, None] & (part < SIZE)[None, :]
-        weight = tl.load(router_ptr + experts[:, None] * SIZE + part[None, :], mask=mask, other=0.0)
-        x = tl.load(x_ptr + part, mask=part < SIZE, other=0.0)
-        sums += weight.to(tl.float32) * x.to(tl.float32)[None, :]
-    logits = tl.sum(sums, 1).to(x_ptr.dtype.element_ty).to(tl.float32)
-    logits = tl.where(experts < num_experts, logits, float("-inf"))
-    best, expert = tl.max(logits, 0, return_indices=True, return_indices_tie_break_left=True)
-    local = expert.to(tl.int32) - first_expert
-    tl.store(ids_ptr + token, tl.where((local >= 0) & (local < num_local), local, -1))
-    columns = tl.arange(0, BLOCK)
-    inside = columns < SIZE
-    x = tl.load(x_ptr + columns, mask=inside, other=0.0)
-    wide = x.to(tl.float32)
-    scaled = (wide * tl.sigmoid(best)).to(x.dtype).to(tl.float32)
-    routed_row = rows_ptr + token * SIZE + columns
-    tl.store(routed_row, to_fp8(scaled, tl.load(routed_scale_ptr)), mask=inside)
-    tl.store(routed_row + ROWS * SIZE, to_fp8(wide, tl.load(shared_scale_ptr)), mask=inside)
+GATE_UP_PREFETCH = 0
+"""Bytes of each row of the shared expert's gate and up that come into the L2 cache before the rows are routed."""
 
 
 @triton.jit
@@ -114,6 +73,7 @@ def _few_gate_up_kernel(
     x_desc,
     w_desc,
     shared_desc,
+    shared_ptr,
     out_ptr,
     shared_out_ptr,
     ids_ptr,
@@ -132,20 +92,27 @@ def _few_gate_up_kernel(
     OUTPUTS: tl.constexpr,
     DEPTH: tl.constexpr,
     BINS: tl.constexpr,
+    PREFETCH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     # The shared expert's tiles come first, then those of each chosen expert; the grid allows for the most.
-    wait_for_inputs(OVERLAP)
+    let_next_start(OVERLAP)
     program = tl.program_id(0)
     shared_tiles = tl.cdiv(shared_inter, OUTPUTS)
     if program < shared_tiles:
         row = program * OUTPUTS
-        gate, up = _gate_up(x_desc, shared_desc, ROWS, row, shared_inter + row, depth, ROWS, OUTPUTS, DEPTH)
+        prefetch_rows(shared_ptr, row, shared_inter, depth, OUTPUTS, PREFETCH, OVERLAP)
+        up_ptr = shared_ptr + shared_inter.to(tl.int64) * depth
+        prefetch_rows(up_ptr, row, shared_inter, depth, OUTPUTS, PREFETCH, OVERLAP)
         outputs = row + tl.arange(0, OUTPUTS)
         inside = outputs < shared_inter
         scale = tl.load(shared_x_scale_ptr)
-        gate *= (scale * tl.load(shared_w_scale_ptr + outputs, mask=inside, other=0.0))[:, None]
-        up *= (scale * tl.load(shared_w_scale_ptr + shared_inter + outputs, mask=inside, other=0.0))[:, None]
+        gate_scale = scale * tl.load(shared_w_scale_ptr + outputs, mask=inside, other=0.0)
+        up_scale = scale * tl.load(shared_w_scale_ptr + shared_inter + outputs, mask=inside, other=0.0)
+        wait_for_inputs(OVERLAP)
+        gate, up = _gate_up(x_desc, shared_desc, ROWS, row, shared_inter + row, depth, ROWS, OUTPUTS, DEPTH)
+        gate *= gate_scale[:, None]
+        up *= up_scale[:, None]
         mine = tl.arange(0, ROWS) < num_tokens
         _store_swiglu(
             shared_out_ptr, gate, up, mine, shared_out_scale_ptr, program, shared_inter,
@@ -155,11 +122,12 @@ def _few_gate_up_kernel(
         tiles = tl.cdiv(inter, OUTPUTS)
         tile_n = (program - shared_tiles) % tiles
         rank = (program - shared_tiles) // tiles
+        wait_for_inputs(OVERLAP)
         num_chosen, expert, mine, _ = _chosen(ids_ptr, num_tokens, rank, ROWS, BINS)
         if rank < num_chosen:
             row = expert * 2 * inter + tile_n * OUTPUTS
-            gate, up = _gate_up(x_desc, w_desc, 0, row, row + inter, depth, ROWS, OUTPUTS, DEPTH)
             scale = tl.load(x_scale_ptr) * tl.load(w_scale_ptr + expert)
+            gate, up = _gate_up(x_desc, w_desc, 0, row, row + inter, depth, ROWS, OUTPUTS, DEPTH)
             _store_swiglu(
                 out_ptr, gate * scale, up * scale, mine, out_scale_ptr, tile_n, inter,
                 MODEL_DTYPE, ROWS, OUTPUTS,
@@ -207,6 +175,7 @@ def _few_down_kernel(
 ):
     # Of a column tile's programs (splits of the shared and of every chosen expert) the last to arrive adds the
     # partial sums in a fixed order, so the result does not depend on who was last.
+    let_next_start(OVERLAP)
     wait_for_inputs(OVERLAP)
     program = tl.program_id(0)
     split = program % SPLIT_K
@@ -221,17 +190,19 @@ def _few_down_kernel(
         plane = ROWS * hidden
         slots = partial_ptr + split * plane + rows[None, :] * hidden + columns[:, None]
         if rank < 0:
+            scale = tl.load(shared_w_scale_ptr + columns, mask=columns < hidden, other=0.0)
+            scale *= tl.load(shared_x_scale_ptr)
             acc = _part(
                 shared_x_desc, shared_desc, tile_n * OUTPUTS, split, shared_depth,
                 SPLIT_K, ROWS, OUTPUTS, DEPTH,
             )  # fmt: skip
-            scale = tl.load(shared_w_scale_ptr + columns, mask=columns < hidden, other=0.0)
-            acc *= (tl.load(shared_x_scale_ptr) * scale)[:, None]
+            acc *= scale[:, None]
             tl.store(slots + SPLIT_K * plane, acc, mask=inside & (rows < num_tokens)[None, :])
         else:
             w_row = expert * hidden + tile_n * OUTPUTS
+            expert_scale = tl.load(x_scale_ptr) * tl.load(w_scale_ptr + expert)
             acc = _part(x_desc, w_desc, w_row, split, depth, SPLIT_K, ROWS, OUTPUTS, DEPTH)
-            acc *= tl.load(x_scale_ptr) * tl.load(w_scale_ptr + expert)
+            acc *= expert_scale
             tl.store(slots, acc, mask=inside & mine[None, :])
         tl.debug_barrier()
         arrived = tl.atomic_add(arrivals_ptr + tile_n, 1, sem="acq_rel")
@@ -253,17 +224,6 @@ def _few_down_kernel(
             tl.store(arrivals_ptr + tile_n, 0)
 
 
-_ROUTE = {
-    "x_ptr": "*bf16",
-    "router_ptr": "*bf16",
-    "routed_scale_ptr": "*fp32",
-    "shared_scale_ptr": "*fp32",
-    "rows_ptr": "*fp8e4nv",
-    "ids_ptr": "*i32",
-    "num_experts": "i32",
-    "first_expert": "i32",
-    "num_local": "i32",
-}
 _SCALES = {
     "ids_ptr": "*i32",
     "x_scale_ptr": "*fp32",
@@ -287,6 +247,7 @@ def _aot_specs(up: Tile, down: Tile):
         **descriptors(up, "x_desc", "w_desc", "shared_desc"),
         "out_ptr": "*fp8e4nv",
         "shared_out_ptr": "*fp8e4nv",
+        "shared_ptr": "*fp8e4nv",
         "out_scale_ptr": "*fp32",
         "shared_out_scale_ptr": "*fp32",
         "inter": "i32",
@@ -308,7 +269,7 @@ def _aot_specs(up: Tile, down: Tile):
             "OUTPUTS": tile.outputs,
             "DEPTH": tile.depth,
             "BINS": 16,
-            "OVERLAP": True,
+            "OVERLAP": 2,
             **others,
         }
 
@@ -316,18 +277,17 @@ def _aot_specs(up: Tile, down: Tile):
         return {"num_warps": tile.warps, "num_stages": tile.stages}
 
     return [
-        (_few_gate_up_kernel, up_signature, constants(up, MODEL_DTYPE=tl.bfloat16), options(up)),
+        (
+            _few_gate_up_kernel,
+            up_signature,
+            constants(up, MODEL_DTYPE=tl.bfloat16, PREFETCH=GATE_UP_PREFETCH),
+            options(up),
+        ),
         (_few_down_kernel, down_signature, constants(down, SPLIT_K=down.split_k), options(down)),
     ]
 
 
 AOT_SPECS = [
-    (
-        _route_rows_kernel,
-        _ROUTE,
-        {"SIZE": 5120, "ROWS": FEW_ROWS, "BINS": 16, "STEP": 1024, "BLOCK": 8192, "OVERLAP": True},
-        {"num_warps": 16},
-    ),
     *_aot_specs(*FEW_TILES[0][1:]),
     *_aot_specs(*FEW_TILES[1][1:]),
 ]

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from outrider.kernels._dispatch import on_gpu, power_of_two_at_least
-from outrider.kernels.overlap import overlap_options, wait_for_inputs
+from outrider.kernels.overlap import let_next_start, overlap_options, wait_for_inputs
 from outrider.kernels.quantize import quantize_fp8_reference, to_fp8
 
 
@@ -80,12 +80,15 @@ def _rms_norm_kernel(
     OVERLAP: tl.constexpr,
 ):
     """One program normalises one row held whole in registers."""
-    wait_for_inputs(OVERLAP)
+    let_next_start(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < num_cols
-    x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
+    if HAS_FP8:
+        scale = tl.load(scale_ptr)
+    wait_for_inputs(OVERLAP)
+    x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
     if HAS_RESIDUAL:
         old = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0)
         x = (x.to(tl.float32) + old.to(tl.float32)).to(x.dtype)
@@ -95,8 +98,7 @@ def _rms_norm_kernel(
     y = ((wide * inv_rms).to(x.dtype).to(tl.float32) * weight.to(tl.float32)).to(x.dtype)
     tl.store(y_ptr + row * num_cols + cols, y, mask=mask)
     if HAS_FP8:
-        y_fp8 = to_fp8(y.to(tl.float32), tl.load(scale_ptr))
-        tl.store(y_fp8_ptr + row * num_cols + cols, y_fp8, mask=mask)
+        tl.store(y_fp8_ptr + row * num_cols + cols, to_fp8(y.to(tl.float32), scale), mask=mask)
 
 
 def rms_norm_triton(
@@ -128,7 +130,7 @@ def rms_norm_triton(
         HAS_FP8=fp8_scale is not None,
         BLOCK=block,
         num_warps=_num_warps(block),
-        **overlap_options(x.device),
+        **overlap_options(x.device, num_rows),
     )
     return Normed(y, y_fp8)
 
@@ -156,6 +158,6 @@ AOT_SPECS = [
     (
         _rms_norm_kernel,
         {**_ROW, **_SIZES},
-        {"HAS_RESIDUAL": True, "HAS_FP8": True, "BLOCK": 8192, "OVERLAP": True},
+        {"HAS_RESIDUAL": True, "HAS_FP8": True, "BLOCK": 8192, "OVERLAP": 2},
     )
 ]

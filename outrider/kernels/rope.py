@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from outrider.kernels._dispatch import ceil_div, on_gpu
-from outrider.kernels.overlap import overlap_options, wait_for_inputs
+from outrider.kernels.overlap import let_next_start, overlap_options, wait_for_inputs
 from outrider.kernels.quantize import FP8_MAX, to_fp8
 
 
@@ -141,6 +141,7 @@ def _qkv_rope_store_kernel(
     OVERLAP: tl.constexpr,
 ):
     """One program takes ``BLOCK`` consecutive heads (of q, k or v) of one token, as two halves of every pair."""
+    let_next_start(OVERLAP)
     wait_for_inputs(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -254,7 +255,7 @@ def qkv_rope_store_triton(
         FP8=k_cache.dtype == torch.float8_e4m3fn,
         BLOCK=HEADS_PER_PROGRAM,
         num_warps=2,
-        **overlap_options(qkv.device),
+        **overlap_options(qkv.device, num_tokens),
     )
     return q
 
@@ -285,7 +286,7 @@ _SHAPE = {
     "BLOCK_SIZE": 64,
     "FP8": True,
     "BLOCK": HEADS_PER_PROGRAM,
-    "OVERLAP": True,
+    "OVERLAP": 2,
 }
 _ROTATED = {"ROTATE": True, "NORM": True, "TEMPERATURE": False}
 AOT_SPECS = [

@@ -7,29 +7,25 @@ between steps; keys and values live in the ``KVCache`` passed in. Legend: T toke
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
-from outrider.kernels.norm import Normed
 from outrider.models.config import ModelConfig
-from outrider.models.layers import Attention, Embedding, Head, RMSNorm, rope_frequencies, shard_kv_heads
+from outrider.models.layers import (
+    Attention,
+    Embedding,
+    FeedForward,
+    Head,
+    RMSNorm,
+    rope_frequencies,
+    shard_kv_heads,
+)
 from outrider.quant.base import WeightBuilder
 
 if TYPE_CHECKING:
     from outrider.runner.batch import Batch
     from outrider.runner.kv_cache import KVCache
-
-
-class FeedForward(Protocol):
-    """The second half of a layer: a gated MLP or a mixture of experts."""
-
-    @property
-    def input_scale(self) -> torch.Tensor | None:
-        """The FP8 scale that the norm before should apply."""
-
-    def __call__(self, x: Normed) -> torch.Tensor:
-        """``[T, M]``: this rank's share of the output."""
 
 
 class DecoderLayer:
@@ -57,7 +53,7 @@ class DecoderLayer:
         normed = self.input_norm(x, residual, self.attention.qkv.input_scale)
         residual = x if residual is None else residual
         x = self.attention(normed, batch, kv)
-        x = self.feed_forward(self.post_norm(x, residual, self.feed_forward.input_scale))
+        x = self.feed_forward.behind(self.post_norm, x, residual)
         return self.parallel.all_reduce(x), residual
 
 

@@ -7,6 +7,7 @@ Legend: T tokens, M model dim, H query heads, K kv heads (both of this rank), D 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,7 +70,24 @@ class RMSNorm:
         return rms_norm(x, self.weight, self.eps, residual, fp8_scale)
 
 
-class GatedMLP:
+class FeedForward(ABC):
+    """The second half of a layer: a gated MLP or a mixture of experts."""
+
+    @property
+    @abstractmethod
+    def input_scale(self) -> torch.Tensor | None:
+        """The FP8 scale that the norm before should apply."""
+
+    @abstractmethod
+    def __call__(self, x: Normed) -> torch.Tensor:
+        """``[T, M]``: this rank's share of the output."""
+
+    def behind(self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The output for ``norm(x + residual)``, both ``[T, M]``; the sum replaces ``residual``."""
+        return self(norm(x, residual, self.input_scale))
+
+
+class GatedMLP(FeedForward):
     """``down(silu(gate(x)) * up(x))``. The sum over the tensor group is left to the caller."""
 
     def __init__(self, builder: WeightBuilder, name: str, hidden_size: int, inter_size: int) -> None:

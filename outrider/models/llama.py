@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from outrider.models.decoder import Decoder, FeedForward
-from outrider.models.layers import GatedMLP
+from outrider.models.decoder import Decoder
+from outrider.models.layers import FeedForward, GatedMLP
 from outrider.quant.base import WeightBuilder
 
 

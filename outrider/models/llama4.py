@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from outrider.models.config import ModelConfig
-from outrider.models.decoder import Decoder, FeedForward
-from outrider.models.layers import GatedMLP
+from outrider.models.decoder import Decoder
+from outrider.models.layers import FeedForward, GatedMLP
 from outrider.models.moe import MoE
 from outrider.models.vision import VisionEncoder
 from outrider.quant.base import WeightBuilder

@@ -14,13 +14,13 @@ from outrider.kernels.gemm import linear
 from outrider.kernels.moe import route
 from outrider.kernels.norm import Normed
 from outrider.models.config import ModelConfig
-from outrider.models.layers import GatedMLP
+from outrider.models.layers import FeedForward, GatedMLP, RMSNorm
 from outrider.quant.base import WeightBuilder
 from outrider.quant.experts import ExpertShape, build_experts
 from outrider.quant.few_rows import few_rows_moe
 
 
-class MoE:
+class MoE(FeedForward):
     """``shared(x) + sum over the chosen experts of expert(score * x)``; the caller sums over the tensor group."""
 
     def __init__(self, builder: WeightBuilder, name: str, config: ModelConfig) -> None:
@@ -46,8 +46,12 @@ class MoE:
 
     def __call__(self, x: Normed) -> torch.Tensor:
         """``[T, M]``: this rank's share of the output."""
-        if self.few_rows is not None and self.few_rows.takes(x.y):
-            return self.few_rows(x.y)
         shared = run_beside(lambda: self.shared(x), x.y.device)
         expert_ids, scores = route(linear(x.y, self.router), self.top_k)
         return self.experts(x.y, expert_ids, scores).add_(shared())
+
+    def behind(self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """See ``FeedForward``; for a few rows the norm is part of the layer's kernels."""
+        if self.few_rows is not None and self.few_rows.takes(x):
+            return self.few_rows(x, residual, norm.weight, norm.eps)
+        return super().behind(norm, x, residual)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import torch
 
-from outrider.kernels.moe_few import ExpertWeights, SharedWeights, moe_few
+from outrider.kernels.moe_few import ExpertWeights, NormWeights, SharedWeights, moe_few
 from outrider.kernels.moe_few_kernels import FEW_ROWS
 from outrider.quant.experts import Experts, Fp8Experts
 from outrider.quant.linear import Fp8Linear, Linear
 
 
 class FewRowsMoE:
-    """``shared(x) + expert(score * x)`` with one expert a token, in FP8."""
+    """``shared(y) + expert(score * y)``, ``y = norm(x + residual)``, with one expert a token, in FP8."""
 
     def __init__(
         self, router: torch.Tensor, experts: Fp8Experts, gate_up: Fp8Linear, down: Fp8Linear
@@ -34,9 +34,11 @@ class FewRowsMoE:
         """Whether these rows are few enough; on a CPU the separate operations are as good."""
         return x.is_cuda and x.shape[0] <= FEW_ROWS
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """``[T, M]`` of ``x[T, M]`` in the model dtype, T at most ``FEW_ROWS``."""
-        return moe_few(x, self.router, self.experts, self.shared)
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor, norm_weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """``[T, M]`` of ``x[T, M]`` in the model dtype, T at most ``FEW_ROWS``; the sum replaces ``residual``."""
+        return moe_few(x, residual, NormWeights(norm_weight, eps), self.router, self.experts, self.shared)
 
 
 def few_rows_moe(

@@ -52,6 +52,9 @@ def test_few_rows(tiles, tokens, experts, expert_range, shared_inter):
     router, routed, shared = make_layer(experts, expert_range, 96, 80, shared_inter)
     for _ in range(2):  # the second call meets the counters as the first left them
         x = torch.randn(tokens, 96, device=DEVICE).to(WIDE)
-        expected = moe_few.moe_few_reference(x, router, routed, shared).double()
-        out = moe_few.moe_few_triton(x, router, routed, shared, tiles).double()
+        residual, norm = torch.randn_like(x), moe_few.NormWeights(torch.randn_like(x[0]), 1e-2)
+        summed = residual.clone()
+        expected = moe_few.moe_few_reference(x, summed, norm, router, routed, shared).double()
+        out = moe_few.moe_few_triton(x, residual, norm, router, routed, shared, tiles).double()
+        assert torch.equal(residual, summed)
         assert float((out - expected).norm() / expected.norm()) < 0.02

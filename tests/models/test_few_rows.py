@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from outrider.kernels.norm import Normed
+from outrider.kernels.norm import Normed, rms_norm
 from outrider.models.moe import MoE
 from tests.models.references import References
 
@@ -15,10 +15,14 @@ def test_few_rows_form_equals_the_layer(references: References) -> None:
     layers = [layer.feed_forward for layer in model.layers if isinstance(layer.feed_forward, MoE)]
     assert layers
     for layer in layers:
-        x = torch.randn(9, model.config.hidden_size)
+        x, norm = torch.randn(9, model.config.hidden_size), torch.randn(model.config.hidden_size)
         assert layer.few_rows is not None
-        expected = layer(Normed(x, None))
-        assert torch.allclose(layer.few_rows(x), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        residual, again = torch.randn(2, *x.shape).unbind()
+        again.copy_(residual)
+        expected = layer(Normed(rms_norm(x, norm, 1e-3, residual).y, None))
+        out = layer.few_rows(x, again, norm, 1e-3)
+        assert torch.equal(again, residual)
+        assert torch.allclose(out, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_only_fp8_layers_have_it(references: References) -> None:
