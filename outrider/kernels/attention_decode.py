@@ -1,9 +1,9 @@
 """Decode attention on the GPU: one query a sequence, keys and values read once, split over programs.
 
 Called by ``attention`` only. One program takes the query heads of one kv head (padded to 16 rows for the matrix
-units) and one split of the sequence's context; a second kernel merges the splits. The number of splits follows
-host integers, their bounds follow ``seq_lens`` on the device: the same launch serves any lengths, so it can be
-captured in a CUDA graph. The floor is reading the context's keys and values once.
+units) and one split of the sequence's context; the last of them, or a second kernel, merges the splits. Their number
+follows host integers, their bounds follow ``seq_lens`` on the device: the same launch serves any lengths, so it can
+be captured in a CUDA graph. The floor is reading the context's keys and values once.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from outrider.kernels._dispatch import ceil_div, interpreted, num_sms, power_of_two_at_least
+from outrider.kernels._dispatch import arrival_counters, ceil_div, interpreted, num_sms, power_of_two_at_least
+from outrider.kernels.attention_merge import _merge_kernel, merge_group, split_bounds, store_rows
 from outrider.kernels.overlap import let_next_start, overlap_options, wait_for_inputs
-from outrider.kernels.quantize import to_fp8
 
 LOG2_E = 1.4426950408889634
 FP8 = torch.float8_e4m3fn
@@ -35,7 +35,15 @@ class DecodeTile(NamedTuple):
     num_warps: int = 4
     num_stages: int = 5
     programs_per_sm: int = 16
+    merge_at_once: int = 0
+    """Splits that the last program of a kv head merges at a time; 0: a kernel of its own merges them."""
 
+
+SMALL_STEP_TILES = (
+    (1, DecodeTile(programs_per_sm=2, merge_at_once=16)),
+    (16, DecodeTile(programs_per_sm=4, merge_at_once=8)),
+)
+"""(most sequences, tile). Not yet measured: ``benchmarks.kernels.few`` has the candidates."""
 
 MAX_SPLITS = 64
 SMALL_CONTEXT_TOKENS = 64
@@ -60,26 +68,6 @@ def load_kv(
 
 
 @triton.jit
-def store_rows(ptrs, x, mask, scale_ptr, MODEL_DTYPE: tl.constexpr, QUANTIZE: tl.constexpr):
-    """Store float32 ``x`` in the model dtype, or that rounded value as e4m3 for the product that reads it."""
-    if QUANTIZE:
-        tl.store(ptrs, to_fp8(x.to(MODEL_DTYPE).to(tl.float32), tl.load(scale_ptr)), mask=mask)
-    else:
-        tl.store(ptrs, x.to(MODEL_DTYPE), mask=mask)
-
-
-@triton.jit
-def split_bounds(length, num_splits, CHUNK: tl.constexpr, TILE: tl.constexpr):
-    """First visible token, first tile, end tile, tiles a split: the same for the kernel and its merge."""
-    begin = 0
-    if CHUNK > 0:
-        begin = tl.maximum(length - 1, 0) // CHUNK * CHUNK
-    first = begin // TILE
-    end = tl.cdiv(length, TILE)
-    return begin, first, end, tl.maximum(tl.cdiv(end - first, num_splits), 1)
-
-
-@triton.jit
 def _decode_kernel(
     q_ptr,
     k_ptr,
@@ -89,6 +77,7 @@ def _decode_kernel(
     out_ptr,
     partial_ptr,
     lse_ptr,
+    arrivals_ptr,
     q_stride,
     block_stride,
     head_stride,
@@ -104,18 +93,21 @@ def _decode_kernel(
     CHUNK: tl.constexpr,
     COMPUTE: tl.constexpr,
     SPLIT: tl.constexpr,
+    MERGE: tl.constexpr,
     QUANTIZE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    # With MERGE the last program of a kv head to arrive merges its splits, so many at once: always in their order.
     let_next_start(OVERLAP)
     wait_for_inputs(OVERLAP)
     kv_head, seq, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(seq_lens_ptr + seq)
     begin, first, end, per_split = split_bounds(length, num_splits, CHUNK, TILE)
+    num_used = tl.maximum(tl.cdiv(end - first, per_split), 1)
+    if SPLIT and split >= num_used:
+        return
     first += split * per_split
     end = tl.minimum(end, first + per_split)
-    if SPLIT and first >= end:
-        return
     rows = tl.arange(0, 16)
     dims = tl.arange(0, D)
     head = kv_head * GROUP + rows
@@ -162,53 +154,26 @@ def _decode_kernel(
         best = new_best
     if PAIRS:
         acc = tl.reshape(tl.join(acc, acc_odd), [16, D])
+    group = (seq.to(tl.int64) * tl.num_programs(0) + kv_head) * GROUP
+    model_dtype: tl.constexpr = q_ptr.dtype.element_ty
     if SPLIT:
-        place = (seq.to(tl.int64) * tl.num_programs(0) * GROUP + head) * num_splits + split
+        place = (group + rows) * num_splits + split
         tl.store(lse_ptr + place, best * score_scale + tl.log2(total), mask=rows < GROUP)
-        acc = acc / total[:, None]
+        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(partial_ptr + place[:, None] * D + dims[None, :], acc, mask=in_group)
+        if MERGE:
+            tl.debug_barrier()
+            arrivals = arrivals_ptr + seq * tl.num_programs(0) + kv_head
+            if tl.atomic_add(arrivals, 1, sem="acq_rel") == num_used - 1:
+                tl.store(arrivals, 0)
+                merge_group(
+                    partial_ptr, lse_ptr, out_ptr, group, num_used, num_splits, v_scale, out_scale_ptr,
+                    MERGE, GROUP, D, model_dtype, QUANTIZE,
+                )  # fmt: skip
     else:
         acc = acc * tl.where(total > 0, v_scale / total, 0.0)[:, None]
-        place = seq.to(tl.int64) * tl.num_programs(0) * GROUP + head
-        out_ptrs = out_ptr + place[:, None] * D + dims[None, :]
-        store_rows(out_ptrs, acc, in_group, out_scale_ptr, q_ptr.dtype.element_ty, QUANTIZE)
-
-
-@triton.jit
-def _merge_kernel(
-    partial_ptr,
-    lse_ptr,
-    seq_lens_ptr,
-    out_ptr,
-    num_splits,
-    v_scale,
-    out_scale_ptr,
-    D: tl.constexpr,
-    TILE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    MODEL_DTYPE: tl.constexpr,
-    QUANTIZE: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """One program merges the splits of one head of one sequence; the weights are their softmax masses."""
-    let_next_start(OVERLAP)
-    wait_for_inputs(OVERLAP)
-    head, seq = tl.program_id(0), tl.program_id(1)
-    length = tl.load(seq_lens_ptr + seq)
-    _, first, end, per_split = split_bounds(length, num_splits, CHUNK, TILE)
-    splits = tl.arange(0, SPLITS)
-    dims = tl.arange(0, D)
-    used = splits < tl.cdiv(end - first, per_split)
-    row = seq.to(tl.int64) * tl.num_programs(0) + head
-    lse = tl.load(lse_ptr + row * num_splits + splits, mask=used, other=float("-inf"))
-    best = tl.max(lse, 0)
-    weight = tl.where(used, tl.exp2(lse - best), 0.0)
-    place = (row * num_splits + splits)[:, None] * D + dims[None, :]
-    partial = tl.load(partial_ptr + place, mask=used[:, None], other=0.0)
-    total = tl.sum(weight, 0)
-    merged = tl.sum(partial * weight[:, None], 0) * tl.where(total > 0, v_scale / total, 0.0)
-    store_rows(out_ptr + row * D + dims, merged, dims < D, out_scale_ptr, MODEL_DTYPE, QUANTIZE)
+        out_ptrs = out_ptr + (group + rows)[:, None] * D + dims[None, :]
+        store_rows(out_ptrs, acc, in_group, out_scale_ptr, model_dtype, QUANTIZE)
 
 
 def compute_dtype(q: torch.Tensor, cache: torch.Tensor) -> tl.dtype:
@@ -244,8 +209,8 @@ def decode_attention(
     out_scale: torch.Tensor | None = None,
 ) -> None:
     """Fill ``out [S, H * D]`` for ``q [S, H, D]``, one row a sequence; arguments as in ``paged_attention``."""
-    tile = tile or DecodeTile()
     num_seqs, num_heads, head_dim = q.shape
+    tile = tile or next((t for most, t in SMALL_STEP_TILES if num_seqs <= most), DecodeTile())
     _, kv_heads, block_size, _ = k_cache.shape
     if num_splits is None:
         visible = min(max_seq_len, chunk_size) if chunk_size else max_seq_len
@@ -256,6 +221,7 @@ def decode_attention(
             (num_seqs, num_heads, num_splits, head_dim), dtype=torch.float32, device=q.device
         )
         lse = torch.empty((num_seqs, num_heads, num_splits), dtype=torch.float32, device=q.device)
+    merge = tile.merge_at_once if num_splits > 1 else 0
     scales = (k_scale, v_scale) if k_cache.dtype == FP8 else (1.0, 1.0)
     chunk = chunk_size or 0
     _decode_kernel[(kv_heads, num_seqs, num_splits)](
@@ -267,6 +233,7 @@ def decode_attention(
         out,
         partial,
         lse,
+        arrival_counters(q.device) if merge else None,
         q.stride(0),
         k_cache.stride(0),
         k_cache.stride(1),
@@ -282,12 +249,13 @@ def decode_attention(
         CHUNK=chunk,
         COMPUTE=compute_dtype(q, k_cache),
         SPLIT=num_splits > 1,
+        MERGE=merge,
         QUANTIZE=out_scale is not None,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **overlap_options(q.device, num_seqs),
     )
-    if num_splits > 1:
+    if num_splits > 1 and not merge:
         _merge_kernel[(num_heads, num_seqs)](
             partial, lse, seq_lens, out, num_splits, scales[1], out_scale,
             D=head_dim, TILE=tile.tokens, CHUNK=chunk, SPLITS=power_of_two_at_least(num_splits, 2),
@@ -305,6 +273,7 @@ _POINTERS = {
     "out_ptr": "*bf16",
     "partial_ptr": "*fp32",
     "lse_ptr": "*fp32",
+    "arrivals_ptr": "*i32",
 }
 _NUMBERS = {
     "q_stride": "i32",
@@ -318,31 +287,24 @@ _NUMBERS = {
 }
 _QUANTIZED = {**_POINTERS, **_NUMBERS, "out_ptr": "*fp8e4nv"}
 _SHAPE = {"GROUP": 5, "D": 128, "BLOCK_SIZE": 64, "TILE": 64, "COMPUTE": tl.float16, "OVERLAP": 2}
-_MERGE = {
-    "partial_ptr": "*fp32",
-    "lse_ptr": "*fp32",
-    "seq_lens_ptr": "*i32",
-    "out_ptr": "*fp8e4nv",
-    "num_splits": "i32",
-    "v_scale": "fp32",
-    "out_scale_ptr": "*fp32",
-}
-_MERGE_CONSTANTS = {
-    "D": 128,
-    "TILE": 64,
-    "CHUNK": 0,
-    "SPLITS": 64,
-    "MODEL_DTYPE": tl.bfloat16,
-    "OVERLAP": 2,
-}
 _OPTIONS = {"num_warps": DecodeTile().num_warps, "num_stages": DecodeTile().num_stages}
 AOT_SPECS = [
     (
         _decode_kernel,
         {**_POINTERS, **_NUMBERS},
-        {**_SHAPE, "CHUNK": 8192, "SPLIT": True, "QUANTIZE": False},
+        {**_SHAPE, "CHUNK": 8192, "SPLIT": True, "MERGE": 0, "QUANTIZE": False},
         _OPTIONS,
     ),
-    (_decode_kernel, _QUANTIZED, {**_SHAPE, "CHUNK": 0, "SPLIT": False, "QUANTIZE": True}, _OPTIONS),
-    (_merge_kernel, _MERGE, {**_MERGE_CONSTANTS, "QUANTIZE": True}),
+    (
+        _decode_kernel,
+        _QUANTIZED,
+        {**_SHAPE, "CHUNK": 0, "SPLIT": False, "MERGE": 0, "QUANTIZE": True},
+        _OPTIONS,
+    ),
+    (
+        _decode_kernel,
+        _QUANTIZED,
+        {**_SHAPE, "CHUNK": 0, "SPLIT": True, "MERGE": 16, "QUANTIZE": True},
+        _OPTIONS,
+    ),
 ]

@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from outrider.kernels.attention_decode import FP8, LOG2_E, compute_dtype, load_kv, store_rows
+from outrider.kernels.attention_decode import FP8, LOG2_E, compute_dtype, load_kv
+from outrider.kernels.attention_merge import store_rows
 
 
 class PrefillTile(NamedTuple):

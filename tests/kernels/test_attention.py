@@ -8,6 +8,7 @@ import exact_casts  # noqa: F401
 import pytest
 import torch
 
+from outrider.kernels._dispatch import arrival_counters
 from outrider.kernels.attention import paged_attention_reference, paged_attention_triton
 from outrider.kernels.attention_decode import DecodeTile, decode_attention, pick_num_splits
 from outrider.kernels.attention_prefill import PrefillTile, prefill_attention
@@ -138,9 +139,10 @@ def test_lone_sequences(op, query_lens, seq_lens, num_decodes):
     assert error(op(*case), exact) < 1e-6
 
 
+@pytest.mark.parametrize("merge", [0, 2])
 @pytest.mark.parametrize("num_splits", [1, 3])
-def test_result_as_fp8(num_splits):
-    """Guards: the scale forgotten or inverted in one of the three epilogues, values that overflow to NaN."""
+def test_result_as_fp8(num_splits, merge):
+    """Guards: the scale forgotten or inverted in one of the four epilogues, values that overflow to NaN."""
     case = make_case(
         [1, 1, 1, 33, 2], [130, 0, 96, 33, 50], 3,
         kv_heads=2, group=3, dim=64, block_size=32, chunk=None, dtype=FP8,
@@ -150,7 +152,7 @@ def test_result_as_fp8(num_splits):
     out = torch.full((38, 6 * 64), float("nan"), device=DEVICE).to(FP8)
     decode_attention(
         case.q[:3], case.k_cache, case.v_cache, case.block_tables, case.seq_lens[:3], 130, case.sm_scale, None,
-        case.k_scale, case.v_scale, out, None, num_splits, out_scale=scale,
+        case.k_scale, case.v_scale, out, DecodeTile(merge_at_once=merge), num_splits, out_scale=scale,
     )  # fmt: skip
     assert error(out[:3].float(), expected[:3].cpu().double()) < 0.04
     out = paged_attention_triton(*case, out_scale=scale)
@@ -189,9 +191,9 @@ def test_padding_behind_the_prefills_becomes_zeros(padding):
 
 @pytest.mark.parametrize("chunk", [None, 40])
 @pytest.mark.parametrize("num_splits", [1, 2, 7])
-@pytest.mark.parametrize("tokens", [32, 64, 128])
-def test_decode_splits(tokens, num_splits, chunk):
-    """Guards the merge: splits without tokens, more splits than tiles, tiles wider than a block."""
+@pytest.mark.parametrize(("tokens", "merge"), [(32, 0), (64, 0), (128, 0), (32, 2), (32, 4), (64, 16)])
+def test_decode_splits(tokens, merge, num_splits, chunk):
+    """Guards both merges: splits without tokens, more splits than tiles, tiles wider than a block."""
     case = make_case(
         [1] * 5, [300, 1, 64, 129, 0], 5,
         kv_heads=1, group=5, dim=64, block_size=32, chunk=chunk, dtype=torch.float32,
@@ -199,9 +201,10 @@ def test_decode_splits(tokens, num_splits, chunk):
     out = torch.full((5, 5 * 64), float("nan"), device=DEVICE)
     decode_attention(
         case.q, case.k_cache, case.v_cache, case.block_tables, case.seq_lens, 300, case.sm_scale, chunk,
-        1.0, 1.0, out, DecodeTile(tokens), num_splits,
+        1.0, 1.0, out, DecodeTile(tokens, merge_at_once=merge), num_splits,
     )  # fmt: skip
     assert error(out, exact_attention(case)) < 1e-6
+    assert not arrival_counters(out.device).any()
 
 
 @pytest.mark.parametrize(
