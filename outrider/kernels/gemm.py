@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from outrider.kernels._dispatch import arrival_counters, ceil_div, num_sms, on_gpu, power_of_two_at_least
+from outrider.kernels.gemv import GemvTile, gemv_triton
 from outrider.kernels.overlap import let_next_start, overlap_options, prefetch_rows, wait_for_inputs
 
 
@@ -47,6 +48,9 @@ SKINNY_TILES = {
 }
 """(most rows, tile) per weight dtype; above the last entry cuBLASLt runs. Estimates, not yet measured."""
 
+GEMV_TILE: GemvTile | None = None
+"""For products of one row; None: the few-rows tiles take it. Off until ``benchmarks.kernels.few`` shows a gain."""
+
 MAX_SPLIT_K = 16
 
 
@@ -73,6 +77,8 @@ def fp8_linear(
     """
     if not on_gpu(x):
         return fp8_linear_reference(x, weight, x_scale, w_scale, out_dtype)
+    if x.shape[0] == 1 and GEMV_TILE is not None and GEMV_TILE.takes(weight.shape[1]):
+        return gemv_triton(x, weight, x_scale, w_scale, out_dtype, GEMV_TILE)
     tile = _skinny_tile(x, weight)
     if tile is None:
         return fp8_linear_cublas(x, weight, x_scale, w_scale, out_dtype)

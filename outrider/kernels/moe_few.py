@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from outrider.kernels._dispatch import arrival_counters, ceil_div, on_gpu, power_of_two_at_least
 from outrider.kernels.activation import silu_mul_reference
 from outrider.kernels.gemm import fp8_linear_reference
+from outrider.kernels.gemv import GemvTile, down_one_triton
 from outrider.kernels.moe import moe_fp8_reference, route_reference
 from outrider.kernels.moe_few_kernels import (
     FEW_ROWS,
@@ -30,6 +31,9 @@ from outrider.kernels.moe_gemm import TRITON_DTYPES, Tile
 from outrider.kernels.norm import rms_norm_reference
 from outrider.kernels.overlap import overlap_options
 from outrider.kernels.quantize import quantize_fp8_reference
+
+DOWN_ONE_TILE: GemvTile | None = None
+"""For the second products of one token; None: the table's. Off until ``benchmarks.kernels.few`` shows a gain."""
 
 
 class NormWeights(NamedTuple):
@@ -156,6 +160,13 @@ def moe_few_triton(
     up_tile, down_tile = tiles or next((up, down) for most, up, down in FEW_TILES if num_tokens <= most)
     rows = norm_route_triton(x, residual, norm, router, experts, shared)
     hidden, shared_hidden = few_gate_up_triton(rows, experts, shared, x, up_tile)
+    depths = (experts.w2.shape[2], shared.down.shape[1])
+    one = DOWN_ONE_TILE if num_tokens == 1 and tiles is None else None
+    if one is not None and all(one.takes(depth) for depth in depths):
+        return down_one_triton(
+            hidden, shared_hidden, rows.expert_ids, experts.w2, experts.a2_scale, experts.w2_scale,
+            shared.down, shared.down_input_scale, shared.down_scale, x.dtype, one,
+        )  # fmt: skip
     return few_down_triton(rows, hidden, shared_hidden, experts, shared, x, down_tile)
 
 

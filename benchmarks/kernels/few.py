@@ -1,0 +1,191 @@
+"""Launch constants of small decode steps, chosen inside the layer: ``python -m benchmarks.kernels.few --json OUT``.
+
+For 1, 4 and 16 tokens: every candidate of every kernel is compared with plain torch on fresh random inputs and run
+twice, then a CUDA graph of two layers is timed. The best of a kernel stays in force while the next one is tried, and
+the last rows say which were chosen. Candidates that the time limit leaves out are reported as such.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+
+from benchmarks.kernels.common import Report, graph_us, parse_args
+from benchmarks.kernels.step import LAYERS, SCOUT, Scout, compare, layer_bytes, list_kernels, reference
+from outrider.kernels import attention_decode, gemm, moe_few, overlap
+from outrider.kernels.attention_decode import DecodeTile
+from outrider.kernels.gemm import SkinnyTile
+from outrider.kernels.gemv import GemvTile
+from outrider.kernels.moe_gemm import Tile
+from outrider.runner.batch import Batch
+
+TOKENS = (1, 4, 16)
+LIMIT_S = 105
+BATCHES = 2
+"""Random batches that each candidate is checked on."""
+
+Overlap = tuple[int, bool]
+OVERLAPS: tuple[Overlap, ...] = ((0, False), (16, False), (16, True))
+"""(OVERLAP_ROWS, EARLY)."""
+
+GEMV = tuple(
+    GemvTile(*sizes) for sizes in ((8, 512, 4), (4, 512, 4), (8, 512, 8), (2, 1024, 2), (4, 1024, 2))
+)
+# Programs of q/k/v and of o on 132 multiprocessors: 224 + 240, 336 + 320, 224 + 160, 224 + 320, 224 + 240, 448 + 320.
+SKINNY = (
+    SkinnyTile(64, 256, 5, 4, 2),
+    SkinnyTile(64, 256, 5, 4, 2, prefetch=1024),
+    SkinnyTile(64, 128, 6, 4, 3, prefetch=1024),
+    SkinnyTile(32, 512, 4, 4, 2),
+    SkinnyTile(32, 512, 4, 4, 2, prefetch=2048),
+    SkinnyTile(32, 256, 5, 4, 3),
+    SkinnyTile(128, 128, 5, 4, 2, prefetch=512),
+    SkinnyTile(16, 512, 5, 2, 3, prefetch=2048),
+)
+UP = tuple(
+    (tile, prefetch)
+    for tile, prefetch in product(
+        (Tile(16, 64, 128, True, 6, 4), Tile(16, 64, 256, True, 3, 4)), (0, 512, 1024)
+    )
+)
+DOWN_ONE = tuple(GemvTile(*sizes) for sizes in ((2, 1024, 4), (1, 1024, 2), (1, 1024, 4), (2, 512, 8)))
+# Programs at one token: 480, 320, 240, 240, 320.
+DOWN = (
+    Tile(16, 64, 256, True, 5, 4, split_k=3),
+    Tile(16, 64, 256, True, 5, 4, split_k=2),
+    Tile(16, 128, 256, True, 3, 8, split_k=3),
+    Tile(16, 128, 128, True, 5, 4, split_k=3),
+    Tile(16, 64, 256, True, 5, 4),
+)
+DECODE = (
+    DecodeTile(),
+    DecodeTile(programs_per_sm=2, merge_at_once=16),
+    DecodeTile(programs_per_sm=1, merge_at_once=16),
+    DecodeTile(programs_per_sm=4, merge_at_once=8),
+    DecodeTile(programs_per_sm=8, merge_at_once=8),
+)
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One kernel's launch constants: how to set them, and what to try."""
+
+    name: str
+    use: Callable[[Any], None]
+    values: tuple[Any, ...]
+
+
+def use_overlap(value: Overlap) -> None:
+    """Launches of so many rows overlap; early or late."""
+    overlap.OVERLAP_ROWS, overlap.EARLY = value
+
+
+def use_dense(tile: SkinnyTile | GemvTile) -> None:
+    """The q/k/v and the output projection."""
+    gemm.GEMV_TILE = tile if isinstance(tile, GemvTile) else None
+    if isinstance(tile, SkinnyTile):
+        gemm.SKINNY_TILES[torch.float8_e4m3fn] = ((128, tile),)
+
+
+def use_up(value: tuple[Tile, int]) -> None:
+    """The experts' first products and what they prefetch."""
+    tile, moe_few.GATE_UP_PREFETCH = value
+    moe_few.FEW_TILES = ((16, tile, moe_few.FEW_TILES[0][2]),)
+
+
+def use_down(tile: Tile | GemvTile) -> None:
+    """The experts' second products."""
+    moe_few.DOWN_ONE_TILE = tile if isinstance(tile, GemvTile) else None
+    if isinstance(tile, Tile):
+        moe_few.FEW_TILES = ((16, moe_few.FEW_TILES[0][1], tile),)
+
+
+def use_decode(tile: DecodeTile) -> None:
+    """Decode attention."""
+    attention_decode.SMALL_STEP_TILES = ((16, tile),)
+
+
+def knobs(tokens: int) -> list[Knob]:
+    """What to try at this size, in this order."""
+    one = tokens == 1
+    return [
+        Knob("overlap", use_overlap, OVERLAPS),
+        Knob("dense", use_dense, (*GEMV, *SKINNY) if one else SKINNY),
+        Knob("down", use_down, (*DOWN_ONE, *DOWN[:3]) if one else DOWN),
+        Knob("decode", use_decode, DECODE),
+        Knob("up", use_up, UP),
+    ]
+
+
+def start_from_tables(tokens: int, tables: dict[str, Any]) -> None:
+    """Put the shipped constants for this size in force."""
+    gemm.GEMV_TILE, moe_few.DOWN_ONE_TILE = tables["gemv"], tables["down_one"]
+    gemm.SKINNY_TILES[torch.float8_e4m3fn] = tables["skinny"]
+    up, down = next((up, down) for most, up, down in tables["few"] if tokens <= most)
+    moe_few.FEW_TILES, moe_few.GATE_UP_PREFETCH = ((16, up, down),), tables["prefetch"]
+    attention_decode.SMALL_STEP_TILES = tables["decode"]
+    overlap.OVERLAP_ROWS, overlap.EARLY = tables["overlap"]
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Every size: the shipped tables, every candidate, the best of all."""
+    args = parse_args("Chooses the launch constants of small decode steps.")
+    began = time.monotonic()
+    report = Report("few", args.json)
+    scout = Scout(SCOUT, torch.device("cuda"), max_seqs=max(TOKENS))
+    tables = {
+        "gemv": gemm.GEMV_TILE,
+        "down_one": moe_few.DOWN_ONE_TILE,
+        "skinny": gemm.SKINNY_TILES[torch.float8_e4m3fn],
+        "few": moe_few.FEW_TILES,
+        "prefetch": moe_few.GATE_UP_PREFETCH,
+        "decode": attention_decode.SMALL_STEP_TILES,
+        "overlap": (overlap.OVERLAP_ROWS, overlap.EARLY),
+    }
+    for tokens in TOKENS:
+        case = f"layer T={tokens}"
+        start_from_tables(tokens, tables)
+        batches = [scout.batch(tokens, 0) for _ in range(BATCHES)]
+        checks = [(batch, reference(scout, batch)) for batch in batches]
+
+        def measure(name: str, case: str = case, checks: list[tuple[Batch, torch.Tensor]] = checks) -> float:
+            """Microseconds a layer with what is in force, or infinity where it is wrong, fails or comes too late."""
+            if time.monotonic() - began > LIMIT_S:
+                report.fail(case, name, "no time left")
+                return float("inf")
+            try:
+                wrong = next(filter(None, (compare(scout, *check) for check in checks)), None)
+                if wrong:
+                    report.fail(case, name, wrong)
+                    return float("inf")
+                us = graph_us([lambda: scout.forward(checks[0][0])] * 4, 9) / LAYERS
+            except Exception as error:  # one candidate that does not fit must not end the run
+                report.fail(case, name, (str(error).splitlines() or [repr(error)])[0][:100])
+                return float("inf")
+            report.memory(case, name, us, layer_bytes(len(checks[0][0].token_ids)))
+            return us
+
+        measure("tables")
+        chosen = {}
+        for knob in [] if args.quick else knobs(tokens):
+            times = []
+            for value in knob.values:
+                knob.use(value)
+                times.append(measure(f"{knob.name} {value}"))
+            chosen[knob.name] = knob.values[times.index(min(times))]
+            knob.use(chosen[knob.name])
+        for name, value in chosen.items():
+            print(f"   chosen {name}: {value}", flush=True)
+        measure(f"chosen {chosen}")
+        list_kernels(scout, batches[0])
+    report.write()
+
+
+if __name__ == "__main__":
+    main()
