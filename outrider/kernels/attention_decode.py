@@ -29,21 +29,26 @@ class DecodeTile(NamedTuple):
     H200, 2026-11-23, 8 kv heads of 128 in FP8: 512 x 1,536 tokens in 413 us = 3.9 TB/s (3 stages: 446 us), 150 x
     1,536 in 145 us (157 us); 2 warps with 3 stages come near at 422 and 146 us.
     benchmarks/results/kernels_attention_h200.json
+    2026-11-26: 170 x 1,410 in 135 us with 8 programs for each SM, 140 with 16; 400 and 512 sequences do not care.
     """
 
     tokens: int = 64
     num_warps: int = 4
     num_stages: int = 5
-    programs_per_sm: int = 16
+    programs_per_sm: int = 8
     merge_at_once: int = 0
     """Splits that the last program of a kv head merges at a time; 0: a kernel of its own merges them."""
 
 
 SMALL_STEP_TILES = (
-    (1, DecodeTile(programs_per_sm=2, merge_at_once=16)),
-    (16, DecodeTile(programs_per_sm=4, merge_at_once=8)),
+    (1, DecodeTile(programs_per_sm=4, merge_at_once=8)),
+    (16, DecodeTile(programs_per_sm=2, merge_at_once=16)),
 )
-"""(most sequences, tile). Not yet measured: ``benchmarks.kernels.few`` has the candidates."""
+"""(most sequences, tile).
+
+H200, 2026-11-26, a whole layer of 16 tokens 384.6 us, with a kernel of its own for merging 391:
+benchmarks/results/kernels_few_h200.json
+"""
 
 MAX_SPLITS = 64
 SMALL_CONTEXT_TOKENS = 64
