@@ -7,6 +7,7 @@ the last rows say which were chosen. Candidates that the time limit leaves out a
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from outrider.runner.batch import Batch
 
 TOKENS = (1, 4, 16)
 LIMIT_S = 105
+COMPILERS = 8
+"""Processes that compile the candidates before the first is timed, each with a model of its own on the GPU."""
+
 BATCHES = 2
 """Random batches that each candidate is checked on."""
 
@@ -122,6 +126,19 @@ def knobs(tokens: int) -> list[Knob]:
     ]
 
 
+def shipped() -> dict[str, Any]:
+    """The constants in the modules."""
+    return {
+        "gemv": gemm.GEMV_TILE,
+        "down_one": moe_few.DOWN_ONE_TILE,
+        "skinny": gemm.SKINNY_TILES[torch.float8_e4m3fn],
+        "few": moe_few.FEW_TILES,
+        "prefetch": moe_few.GATE_UP_PREFETCH,
+        "decode": attention_decode.SMALL_STEP_TILES,
+        "overlap": (overlap.OVERLAP_ROWS, overlap.EARLY),
+    }
+
+
 def start_from_tables(tokens: int, tables: dict[str, Any]) -> None:
     """Put the shipped constants for this size in force."""
     gemm.GEMV_TILE, moe_few.DOWN_ONE_TILE = tables["gemv"], tables["down_one"]
@@ -133,21 +150,41 @@ def start_from_tables(tokens: int, tables: dict[str, Any]) -> None:
 
 
 @torch.inference_mode()
+def compile_share(share: int) -> None:
+    """Run every ``COMPILERS``-th candidate once beside the shipped constants: Triton keeps what it compiled on disk."""
+    tables = shipped()
+    scout = Scout(SCOUT, torch.device("cuda"), max_seqs=max(TOKENS))
+    work = [(tokens, knob, value) for tokens in TOKENS for knob in knobs(tokens) for value in knob.values]
+    for tokens, knob, value in work[share::COMPILERS]:
+        start_from_tables(tokens, tables)
+        knob.use(value)
+        try:
+            scout.forward(scout.batch(tokens, 0))
+        except Exception as error:  # reported when its turn to be timed comes
+            print(f"   {knob.name} {value}: {type(error).__name__}", flush=True)
+
+
+def compile_all() -> None:
+    """Compile in parallel; the processes end before anything is timed."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=compile_share, args=(share,)) for share in range(COMPILERS)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
+@torch.inference_mode()
 def main() -> None:
     """Every size: the shipped tables, every candidate, the best of all."""
     args = parse_args("Chooses the launch constants of small decode steps.")
     began = time.monotonic()
     report = Report("few", args.json)
+    if not args.quick:
+        compile_all()
+    print(f"   compiled after {time.monotonic() - began:.0f} s", flush=True)
     scout = Scout(SCOUT, torch.device("cuda"), max_seqs=max(TOKENS))
-    tables = {
-        "gemv": gemm.GEMV_TILE,
-        "down_one": moe_few.DOWN_ONE_TILE,
-        "skinny": gemm.SKINNY_TILES[torch.float8_e4m3fn],
-        "few": moe_few.FEW_TILES,
-        "prefetch": moe_few.GATE_UP_PREFETCH,
-        "decode": attention_decode.SMALL_STEP_TILES,
-        "overlap": (overlap.OVERLAP_ROWS, overlap.EARLY),
-    }
+    tables = shipped()
     for tokens in TOKENS:
         case = f"layer T={tokens}"
         start_from_tables(tokens, tables)
@@ -178,8 +215,12 @@ def main() -> None:
             for value in knob.values:
                 knob.use(value)
                 times.append(measure(f"{knob.name} {value}"))
-            chosen[knob.name] = knob.values[times.index(min(times))]
-            knob.use(chosen[knob.name])
+            if min(times) < float("inf"):
+                chosen[knob.name] = knob.values[times.index(min(times))]
+            start_from_tables(tokens, tables)
+            for done in knobs(tokens):
+                if done.name in chosen:
+                    done.use(chosen[done.name])
         for name, value in chosen.items():
             print(f"   chosen {name}: {value}", flush=True)
         measure(f"chosen {chosen}")

@@ -300,5 +300,6 @@ def _aot_spec(fp8: bool, rows: int, split_k: int, tile: SkinnyTile):
 
 AOT_SPECS = [
     _aot_spec(True, 16, 4, SKINNY_TILES[torch.float8_e4m3fn][0][1]),
+    _aot_spec(True, 16, 2, SkinnyTile(64, 256, 5, 4, 2, prefetch=1024)),
     _aot_spec(False, 16, 1, SKINNY_TILES[torch.bfloat16][0][1]),
 ]

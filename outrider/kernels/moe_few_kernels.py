@@ -240,7 +240,7 @@ _SCALES = {
 }
 
 
-def _aot_specs(up: Tile, down: Tile):
+def _aot_specs(up: Tile, down: Tile, prefetch: int):
     """(kernel, signature, constants, options) of the two products with these tiles."""
 
     def descriptors(tile: Tile, *names: str) -> dict[str, str]:
@@ -285,7 +285,7 @@ def _aot_specs(up: Tile, down: Tile):
         (
             _few_gate_up_kernel,
             up_signature,
-            constants(up, MODEL_DTYPE=tl.bfloat16, PREFETCH=GATE_UP_PREFETCH),
+            constants(up, MODEL_DTYPE=tl.bfloat16, PREFETCH=prefetch),
             options(up),
         ),
         (_few_down_kernel, down_signature, constants(down, SPLIT_K=down.split_k), options(down)),
@@ -293,6 +293,6 @@ def _aot_specs(up: Tile, down: Tile):
 
 
 AOT_SPECS = [
-    *_aot_specs(*FEW_TILES[0][1:]),
-    *_aot_specs(*FEW_TILES[1][1:]),
+    *_aot_specs(*FEW_TILES[0][1:], prefetch=0),
+    *_aot_specs(*FEW_TILES[1][1:], prefetch=512),
 ]
