@@ -78,6 +78,11 @@ class FeedForward(ABC):
     def input_scale(self) -> torch.Tensor | None:
         """The FP8 scale that the norm before should apply."""
 
+    @property
+    @abstractmethod
+    def kind(self) -> tuple[type, ...]:
+        """Layers of equal kind launch the same kernels."""
+
     @abstractmethod
     def __call__(self, x: Normed) -> torch.Tensor:
         """``[T, M]``: this rank's share of the output."""
@@ -101,6 +106,11 @@ class GatedMLP(FeedForward):
     def input_scale(self) -> torch.Tensor | None:
         """The FP8 scale that the norm before should apply."""
         return self.gate_up.input_scale
+
+    @property
+    def kind(self) -> tuple[type, ...]:
+        """See ``FeedForward``."""
+        return GatedMLP, type(self.gate_up), type(self.down)
 
     def __call__(self, x: Normed) -> torch.Tensor:
         """``[T, M]``: this rank's share of the output."""
@@ -150,6 +160,11 @@ class Attention:
                 self.k_scale, self.v_scale = scales.tolist()
 
         builder.after_load.append(finish)
+
+    @property
+    def kind(self) -> tuple[type, type, bool]:
+        """Layers of equal kind launch the same kernels."""
+        return type(self.qkv), type(self.o), self.rope.inv_freq is not None
 
     def __call__(self, x: Normed, batch: Batch, kv: KVCache) -> torch.Tensor:
         """``[T, M]`` summed over the tensor group; stores this step's k and v."""

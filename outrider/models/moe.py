@@ -44,6 +44,11 @@ class MoE(FeedForward):
         """The FP8 scale that the norm before should apply (the shared expert's)."""
         return self.shared.input_scale
 
+    @property
+    def kind(self) -> tuple[type, ...]:
+        """See ``FeedForward``."""
+        return MoE, type(self.experts), *self.shared.kind
+
     def __call__(self, x: Normed) -> torch.Tensor:
         """``[T, M]``: this rank's share of the output."""
         shared = run_beside(lambda: self.shared(x), x.y.device)

@@ -127,7 +127,8 @@ class StepGraphs:
     @torch.inference_mode()
     def _capture(self, shape: StepShape) -> _Captured:
         buffer, batch = self._empty_batch(shape)
-        self._model.forward(batch, self._kv)  # compiles kernels outside the capture
+        with self._model.shortened():
+            self._model.forward(batch, self._kv)  # compiles and loads kernels outside the capture
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):

@@ -38,7 +38,7 @@ def compile_kernels(model: Decoder, config: ModelConfig, resolved: Resolved) -> 
         max_model_len=resolved.max_model_len,
         device=resolved.device,
     )
-    with compiling():
+    with compiling(), model.shortened():
         hidden = _prefill(model, config, resolved, kv)
         graphs.run_start_shapes(resolved.prefill_share_tokens)
         if model.parallel.is_last_stage:
