@@ -24,8 +24,8 @@ from outrider.kernels import gemm, moe, moe_few_kernels, overlap
 from outrider.kernels.gemm import SkinnyTile
 from outrider.kernels.moe_gemm import Tile
 from outrider.kv_layout import plan_layout
-from outrider.models.config import ModelConfig, QuantConfig
 from outrider.models import moe as moe_layer
+from outrider.models.config import ModelConfig, QuantConfig
 from outrider.models.decoder import Decoder
 from outrider.models.registry import load_model
 from outrider.parallel import Parallel
