@@ -87,7 +87,5 @@ def moe_w4a4_reference(
 
 
 BLACKWELL_AOT_SPECS = [
-    aot_spec(EXPERT_TILES[0][1], grouped=True, gated=True),
-    *(aot_spec(up, grouped=True, gated=True) for _, up, _ in EXPERT_TILES[2:]),
-    aot_spec(EXPERT_TILES[-1][2], grouped=True),
+    aot_spec(up, grouped=True, gated=True) for _, up, _ in (EXPERT_TILES[0], EXPERT_TILES[-1])
 ]

@@ -115,7 +115,7 @@ def quantize_nvfp4_activations(
     wanted = blocks.abs().amax(-1) / (6.0 * input_scale)
     block_scale = wanted.clamp(max=FP8_MAX).to(torch.float8_e4m3fn)
     step = (block_scale.float() * input_scale)[..., None]
-    scaled = torch.where(step > 0, blocks / step, torch.zeros_like(blocks))
+    scaled = torch.where(step > 0, blocks / step, torch.zeros_like(blocks).copysign(blocks))
     return round_to_e2m1(scaled).flatten(-2), block_scale
 
 

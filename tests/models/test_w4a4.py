@@ -14,10 +14,11 @@ from outrider.kernels.norm import Normed
 from outrider.kernels.nvfp4 import Nvfp4Path
 from outrider.kernels.w4a4 import Fp4Weight
 from outrider.models.decoder import Decoder
+from outrider.models.registry import load_model
 from outrider.parallel import Parallel
 from outrider.quant import experts, linear
 from tests.models.paged_driver import PagedDriver, relative_rms
-from tests.models.references import References
+from tests.models.references import CPU, References
 
 F32, BF16, FP8 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
 
@@ -101,6 +102,20 @@ def test_shards_agree(references: References) -> None:
         parallel = Parallel(tp_rank=rank, tp_size=2)
         parts.append(references.model("nvfp4", F32, parallel=parallel).layers[0].feed_forward(x))
     assert relative_rms(sum(parts[1:], parts[0]), whole(x)) < 0.01
+
+
+def test_dummy_weights_run(references: References) -> None:
+    """Guards the scales of ``--load-format dummy``: four-bit activations neither vanish nor saturate."""
+    options: dict[str, Any] = {"load_format": "dummy", "dtype": F32, "device": CPU, "kv_cache_dtype": FP8}
+    logits = []
+    for path in (Nvfp4Path.W4A4, Nvfp4Path.WEIGHT_ONLY):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            for module in (linear, experts):
+                monkeypatch.setattr(module, "nvfp4_path", lambda _, path=path: path)
+            model = load_model(references.config("nvfp4"), "/nowhere", Parallel(), **options)
+        logits.append(PagedDriver(model, kv_dtype=FP8).prefill(references.prompts[4], 70))
+    assert bool(logits[0].isfinite().all())
+    assert relative_rms(logits[0], logits[1]) < 1.0  # of the same size; unrelated logits are 1.4 apart
 
 
 def test_depth_that_the_kernels_cannot_read(references: References) -> None:
