@@ -205,7 +205,7 @@ class ProcessEngineClient:
                 process.pid,
                 _process_state(process.pid),
             )
-            _signal_session(process.pid, signal.SIGUSR1)
+            _ask_for_stacks(process.pid)
         if stalled_s > RESTART_S and process is not None:
             logger.error("The engine has not moved for %.0f s; killing it.", stalled_s)
             _signal_session(process.pid, signal.SIGKILL)
@@ -300,10 +300,27 @@ def _signal_session(pid: int, number: signal.Signals) -> None:
         os.killpg(pid, number)
 
 
+def _ask_for_stacks(session: int) -> None:
+    """SIGUSR1 to the engine and its ranks; not to what else they started, which it would kill (a compiler)."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        pid = int(folder.name)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if (
+                os.getsid(pid) == session
+                and int(_proc_status(pid, "SigCgt", "0"), 16) >> (signal.SIGUSR1 - 1) & 1
+            ):
+                os.kill(pid, signal.SIGUSR1)
+
+
 def _process_state(pid: int) -> str:
     """The kernel's word for what the process does, such as ``S (sleeping)`` or ``T (stopped)``."""
+    return _proc_status(pid, "State", "unknown")
+
+
+def _proc_status(pid: int, field: str, default: str) -> str:
+    """A field of ``/proc/PID/status``."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
-        return "unknown"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("State:")), "unknown")
+        return default
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(f"{field}:")), default)

@@ -72,7 +72,7 @@ def load_kv(
     return tl.load(ptr + offsets, mask=((start + rows) < end)[:, None], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("table_stride", "num_splits"))
 def _decode_kernel(
     q_ptr,
     k_ptr,

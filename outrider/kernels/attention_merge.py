@@ -72,7 +72,7 @@ def merge_group(
     store_rows(out_ptrs, acc, (rows < GROUP)[:, None], out_scale_ptr, MODEL_DTYPE, QUANTIZE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_splits",))
 def _merge_kernel(
     partial_ptr,
     lse_ptr,

@@ -74,7 +74,7 @@ def _find_sequence(query_start_ptr, num_decodes, num_prefills, tile, QUERIES: tl
     return num_decodes + low, first
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("table_stride", "num_decodes", "num_prefills", "num_tokens"))
 def _prefill_kernel(
     q_ptr,
     k_ptr,

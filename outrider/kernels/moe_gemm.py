@@ -84,12 +84,11 @@ def _gate_up_kernel(
     OUTPUTS: tl.constexpr,
     DEPTH: tl.constexpr,
     BINS: tl.constexpr,
-    NUM_PROGRAMS: tl.constexpr,
 ):
     # A tile keeps the gate and the up product of the same columns, so SwiGLU needs no second pass.
     tiles_n = tl.cdiv(inter, OUTPUTS)
     total = _count_tiles(offsets_ptr, num_experts, tiles_n, ROWS, BINS)
-    for tile in tl.range(tl.program_id(0), total, NUM_PROGRAMS):
+    for tile in tl.range(tl.program_id(0), total, tl.num_programs(0)):
         expert, row, end, tile_n = find_tile(offsets_ptr, tile, num_experts, tiles_n, ROWS, BINS)
         gate_row = expert * 2 * inter + tile_n * OUTPUTS
         up_row = gate_row + inter
@@ -156,13 +155,12 @@ def _down_kernel(
     OUTPUTS: tl.constexpr,
     DEPTH: tl.constexpr,
     BINS: tl.constexpr,
-    NUM_PROGRAMS: tl.constexpr,
 ):
     # Rows return to their (token, choice) place. With SPLIT_K the last program of a tile to arrive adds the
     # partial sums in a fixed order, so the result does not depend on who was last.
     tiles_n = tl.cdiv(hidden, OUTPUTS)
     total = _count_tiles(offsets_ptr, num_experts, tiles_n, ROWS, BINS) * SPLIT_K
-    for unit in tl.range(tl.program_id(0), total, NUM_PROGRAMS):
+    for unit in tl.range(tl.program_id(0), total, tl.num_programs(0)):
         tile = unit // SPLIT_K
         split = unit % SPLIT_K
         expert, row, end, tile_n = find_tile(offsets_ptr, tile, num_experts, tiles_n, ROWS, BINS)
@@ -245,7 +243,6 @@ def gate_up_triton(
         OUTPUTS=tile.outputs,
         DEPTH=tile.depth,
         BINS=power_of_two_at_least(num_experts, 16),
-        NUM_PROGRAMS=programs,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -291,7 +288,6 @@ def down_triton(
         OUTPUTS=tile.outputs,
         DEPTH=tile.depth,
         BINS=power_of_two_at_least(num_experts, 16),
-        NUM_PROGRAMS=programs,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -330,7 +326,6 @@ def _aot_spec(kernel, fp8: bool, tile: Tile):
         "OUTPUTS": tile.outputs,
         "DEPTH": tile.depth,
         "BINS": 16,
-        "NUM_PROGRAMS": 132,
     }
     if kernel is _gate_up_kernel:
         signature |= {"out_scale_ptr": "*fp32", "inter": "i32"}

@@ -18,6 +18,7 @@ from outrider.runner.batch import AttentionBatch, Batch
 from outrider.runner.graphs import StepGraphs
 from outrider.runner.kv_cache import KVCache
 from outrider.runner.model_runner import ModelRunner
+from outrider.runner.padding import PREFILL_TOKENS
 from outrider.types import RowInit, SamplingParams, SeqSlice, StepPlan
 
 if TYPE_CHECKING:
@@ -39,7 +40,10 @@ def compile_kernels(model: Decoder, config: ModelConfig, resolved: Resolved) -> 
         device=resolved.device,
     )
     with compiling(), model.shortened():
-        hidden = _prefill(model, config, resolved, kv)
+        num_tokens = resolved.max_num_batched_tokens
+        hidden = _prefill(model, config, resolved, kv, num_tokens)
+        while (num_tokens := num_tokens // 2) > PREFILL_TOKENS[-1]:  # tiles follow the number of rows
+            _prefill(model, config, resolved, kv, num_tokens)
         graphs.run_start_shapes(resolved.prefill_share_tokens)
         if model.parallel.is_last_stage:
             for rows in (1, 32, 64):
@@ -54,7 +58,7 @@ def measure_activations(model: Decoder, config: ModelConfig, resolved: Resolved)
     layout = plan_layout(config.rope_layers, None, resolved.max_model_len, resolved.block_size)
     kv = _tiny_cache(model, config, resolved, layout)
     torch.cuda.reset_peak_memory_stats(resolved.device)
-    hidden = _prefill(model, config, resolved, kv)
+    hidden = _prefill(model, config, resolved, kv, resolved.max_num_batched_tokens)
     if model.parallel.is_last_stage:
         logits = model.logits(hidden[: resolved.max_num_seqs])
         _ = logits.float().softmax(-1)  # as much as sampling with logprobs ever holds
@@ -66,9 +70,10 @@ def _tiny_cache(model: Decoder, config: ModelConfig, resolved: Resolved, layout:
     return KVCache(layout, 2, model.kv_heads_per_rank, config.head_dim, resolved.kv_dtype, resolved.device)
 
 
-def _prefill(model: Decoder, config: ModelConfig, resolved: Resolved, kv: KVCache) -> torch.Tensor:
-    """The hidden states of a full prefill step of random tokens, whose k/v all go into one block."""
-    num_tokens = resolved.max_num_batched_tokens
+def _prefill(
+    model: Decoder, config: ModelConfig, resolved: Resolved, kv: KVCache, num_tokens: int
+) -> torch.Tensor:
+    """The hidden states of a prefill step of random tokens, whose k/v all go into one block."""
     device, num_groups = resolved.device, len(kv.layout.groups)
     length = min(num_tokens, resolved.max_model_len)
     num_seqs = -(-num_tokens // length)

@@ -45,14 +45,15 @@ for name in sys.argv[2:]:
             binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
             fp4 = re.findall(r"(?:tcgen05\.mma|mma\.sync)\S*mxf4nvf4\S*block_scale", binary.asm["ptx"])
             size, shared = len(binary.asm["cubin"]), binary.metadata.shared
-            compiled.append([name, kernel.__name__, arch, size, shared, len(fp4)])
+            fixed = [p.name for p in kernel.params if not p.is_constexpr and not p.do_not_specialize]
+            compiled.append([name, kernel.__name__, arch, size, shared, len(fp4), fixed])
 print(json.dumps(compiled))
 """
 
 
 @pytest.fixture(scope="module")
 def compiled() -> list[list]:
-    """``[module, kernel, architecture, bytes of machine code, shared memory, FP4 products]`` of every entry."""
+    """``[module, kernel, architecture, bytes of machine code, shared memory, FP4 products, specialised arguments]``."""
     env = {**os.environ, "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-W", "ignore", "-c", COMPILE, json.dumps(ARCHITECTURES), *MODULES]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
@@ -87,3 +88,11 @@ def test_every_jit_kernel_is_listed(compiled):
         name for module in MODULES for name in definition.findall((folder / f"{module}.py").read_text())
     }
     assert len(defined) > 5 and defined <= listed
+
+
+def test_no_kernel_is_compiled_anew_for_another_batch(compiled):
+    """Guards: a number of the step whose value 1, or a multiple of 16, means a compilation in front of a request."""
+    of_a_step = {"num_rows", "num_tokens", "num_decodes", "num_prefills", "num_splits", "table_stride"}
+    at_load = {"_repack_kernel", "_unpack_kernel", "_nvfp4_to_fp8_kernel"}  # rows of weights, not of a batch
+    found = {(row[1], name) for row in compiled for name in row[6] if name in of_a_step}
+    assert not {pair for pair in found if pair[0] not in at_load}
