@@ -15,6 +15,8 @@ FINISH_LENGTH = "length"
 FINISH_ABORT = "abort"
 FINISH_ERROR = "error"
 
+STEP_TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
 
 class GrammarSpec(msgspec.Struct, frozen=True):
     """A constraint on the generated text, in llguidance's own notation.
@@ -87,7 +89,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One sampled continuation that is known to be runnable; built only by the OpenAI layer.
 
     Invariants: ``1 <= len(prompt_token_ids)``, ``max_tokens >= 1`` and their sum is at most the
-    model's ``max_model_len``; every id is inside the vocabulary.
+    model's ``max_model_len``; every id is inside the vocabulary. ``arrival_s`` is read from the host's monotonic
+    clock, which all its processes share.
     """
 
     request_id: str
@@ -116,6 +119,7 @@ class TokenEvent(msgspec.Struct, array_like=True):
     ``prompt_logprobs`` (one entry per prompt position, the first None) comes with the first event.
     ``error`` is a fixed sentence for the client when ``finish_reason`` is ``error``, and ``error_status`` its HTTP
     status: 400 when the request itself is at fault (a grammar that cannot be built), 500 otherwise.
+    ``queue_s`` comes with the first token: the time from ``Request.arrival_s`` to its first step.
     """
 
     request_id: str
@@ -127,6 +131,7 @@ class TokenEvent(msgspec.Struct, array_like=True):
     num_cached_tokens: int = 0
     error: str | None = None
     error_status: int = 500
+    queue_s: float = 0.0
 
 
 class RowInit(msgspec.Struct, frozen=True, array_like=True):
@@ -190,6 +195,8 @@ class EngineStats(msgspec.Struct, array_like=True):
     """A snapshot of the engine, sent with every batch of events; counters only ever grow.
 
     ``ledger_checks`` counts how often the idle engine found every block and every row where its books say.
+    ``step_token_counts[i]`` is the number of steps of at most ``STEP_TOKEN_BUCKETS[i]`` tokens and more than the
+    bucket before, with one entry more for longer steps; ``num_compiling`` counts requests whose grammar is built.
     """
 
     num_running: int = 0
@@ -206,6 +213,9 @@ class EngineStats(msgspec.Struct, array_like=True):
     step_tokens: int = 0
     last_step_s: float = 0.0
     ledger_checks: int = 0
+    num_compiling: int = 0
+    step_tokens_sum: int = 0
+    step_token_counts: list[int] = []
 
 
 class EngineInfo(msgspec.Struct, frozen=True):

@@ -76,6 +76,7 @@ class Engine:
         events = self._collect_grammars()
         plan = self.scheduler.schedule()
         if plan is not None:
+            self._note_started(plan)
             events += self._launch(plan)
         if self._in_flight and (plan is None or len(self._in_flight) >= self._depth):
             oldest, handle = self._in_flight.popleft()
@@ -84,6 +85,13 @@ class Engine:
             self.scheduler.stats.last_step_s = now - self._last_commit
             self._last_commit = now
         return events
+
+    def _note_started(self, plan: Plan) -> None:
+        now = time.monotonic()
+        for seq in plan.started:
+            seq.queue_s = (
+                seq.queue_s or now - seq.request.arrival_s
+            )  # a preempted sequence has started before
 
     def _launch(self, plan: Plan) -> list[TokenEvent]:
         """Launch a plan. An exception before it reached the device ends its sequences; a broken device ends us."""
@@ -102,7 +110,9 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """A snapshot for the metrics."""
-        return self.scheduler.update_stats()
+        stats = self.scheduler.update_stats()
+        stats.num_compiling = self._compiler.num_pending if self._compiler is not None else 0
+        return stats
 
     def shutdown(self) -> None:
         """Let the launched steps end, then free the devices."""

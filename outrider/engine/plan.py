@@ -14,10 +14,11 @@ from outrider.types import RowInit, SeqSlice, StepPlan
 
 @dataclass(slots=True)
 class Plan:
-    """A step plan and the sequences behind its slices, in the same order."""
+    """A step plan, the sequences behind its slices in the same order, and those that take a row in it."""
 
     step: StepPlan
     sequences: list[Sequence]
+    started: list[Sequence] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -28,6 +29,7 @@ class PlanDraft:
     slices: list[SeqSlice] = field(default_factory=list)
     updates: list[BlockUpdate] = field(default_factory=list)
     new_rows: list[RowInit] = field(default_factory=list)
+    started: list[Sequence] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -39,6 +41,7 @@ class PlanDraft:
         sampling = seq.request.sampling
         needs_tokens = sampling.uses_history or sampling.prompt_logprobs is not None
         tokens = list(seq.token_ids) if needs_tokens else []
+        self.started.append(seq)
         self.new_rows.append(RowInit(seq.row, sampling, seq.prompt_len, tokens, seq.request.images))
 
     def add(self, seq: Sequence, count: int) -> None:
@@ -69,4 +72,5 @@ class PlanDraft:
             for seq, piece in zip(self.sequences, self.slices, strict=True)
             if seq.grammar is not None and piece.samples
         }
-        return Plan(StepPlan(step_id, self.slices, self.new_rows, self.updates, masks), self.sequences)
+        step = StepPlan(step_id, self.slices, self.new_rows, self.updates, masks)
+        return Plan(step, self.sequences, self.started)

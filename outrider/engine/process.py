@@ -113,7 +113,8 @@ class EngineLoop:
         if not events and now - self._published_s < NEWS_S:
             return
         self._published_s = now
-        stats = msgspec.structs.replace(self._engine.stats())
+        stats = self._engine.stats()
+        stats = msgspec.structs.replace(stats, step_token_counts=list(stats.step_token_counts))
         owes_steps = self._engine.scheduler.has_work or self._engine.is_launching
         self._outbox.send(Events(events, stats, owes_steps))
 

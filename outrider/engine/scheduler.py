@@ -23,6 +23,7 @@ from outrider.types import (
     FINISH_ERROR,
     FINISH_LENGTH,
     FINISH_STOP,
+    STEP_TOKEN_BUCKETS,
     EngineStats,
     Request,
     SeqSlice,
@@ -65,7 +66,9 @@ class Scheduler:
     def __init__(self, kv: KVManager, limits: Limits) -> None:
         self.kv = kv
         self.limits = limits
-        self.stats = EngineStats(kv_blocks_total=kv.pool.capacity)
+        self.stats = EngineStats(
+            kv_blocks_total=kv.pool.capacity, step_token_counts=[0] * (len(STEP_TOKEN_BUCKETS) + 1)
+        )
         self.estimator = OutputEstimator()
         self._pacer = Pacer(kv.pool.capacity)
         self._demand = 0  # blocks that all live sequences are expected to hold at their ends
@@ -126,9 +129,14 @@ class Scheduler:
         self._admit(draft, budget)
         if not draft.slices:
             return None
-        self.stats.step_tokens = draft.num_tokens
+        self._count_step(draft.num_tokens)
         self._step_id += 1
         return draft.build(self._step_id)
+
+    def _count_step(self, num_tokens: int) -> None:
+        self.stats.step_tokens = num_tokens
+        self.stats.step_tokens_sum += num_tokens
+        self.stats.step_token_counts[bisect.bisect_left(STEP_TOKEN_BUCKETS, num_tokens)] += 1
 
     def _plan_decodes(self, draft: PlanDraft, decoding: list[Sequence]) -> None:
         """One token for every sequence that has one to compute, oldest first; some may be preempted on the way."""
@@ -328,6 +336,7 @@ class Scheduler:
             seq.num_cached if first else 0,
             error,
             400 if error else 500,
+            seq.queue_s if first else 0.0,
         )
 
     def _end_of(self, seq: Sequence, token_id: int) -> tuple[str | None, int | None]:

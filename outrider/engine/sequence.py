@@ -50,6 +50,7 @@ class Sequence:
     num_pending: int = 0
     in_flight: int = 0
     num_cached: int = 0
+    queue_s: float = 0.0
     num_published: int = 0
     block_keys: list[bytes] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)

@@ -91,4 +91,5 @@ def _merged(first: TokenEvent, second: TokenEvent) -> TokenEvent:
         first.num_cached_tokens or second.num_cached_tokens,
         second.error,
         second.error_status,
+        first.queue_s or second.queue_s,
     )

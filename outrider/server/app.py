@@ -54,7 +54,7 @@ def create_app(
         model_config=model_config,
         engine_config=engine_config,
         server_config=server_config,
-        metrics=Metrics(engine, names[0] if names else engine.info.model),
+        metrics=Metrics(engine, engine_config, names[0] if names else engine.info.model),
         media=_media_loader(tokenizer, model_config, server_config, engine_config),
     )
     openapi_url = None if server_config.disable_fastapi_docs else "/openapi.json"
@@ -157,6 +157,7 @@ def _add_info_routes(app: FastAPI, context: ServerContext) -> None:
         "/version": lambda _: info.version(),
         "/load": info.load,
         "/metrics": info.metrics,
+        "/metrics/": info.metrics,
         "/tokenizer_info": info.tokenizer_info,
         "/server_info": info.server_info,
     }

@@ -73,9 +73,12 @@ class PlainText:
         return finish_reason
 
 
-def output_parser(use: ToolUse | None) -> OutputParser:
-    """The parser that the request's tools call for."""
-    return PlainText() if use is None else ToolCallOutput(use)
+def output_parser(context: ServerContext, use: ToolUse | None) -> OutputParser:
+    """The parser that the request's tools call for, for one choice."""
+    if use is None:
+        return PlainText()
+    context.metrics.tool_parses.inc()
+    return ToolCallOutput(use)
 
 
 async def create_chat_completion(context: ServerContext, http: HttpRequest, body: ChatBody) -> Response:
@@ -103,7 +106,7 @@ async def create_chat_completion(context: ServerContext, http: HttpRequest, body
         prompt_logprobs=body.prompt_logprobs,
     )
     generation = call.generation(body, [prompt], [constrained(params, use)])
-    parsers = [output_parser(use) for _ in generation.choices]
+    parsers = [output_parser(context, use) for _ in generation.choices]
     return await call.answer(
         body,
         generation,

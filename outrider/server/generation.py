@@ -98,7 +98,7 @@ class Choice:
             raise _failure(event)
         detokenizer = self._detokenizer
         ids, finish, stop_reason = event.token_ids, event.finish_reason, event.stop_reason
-        self._timer.tokens(len(ids))
+        self._timer.tokens(len(ids), event.queue_s)
         if event.num_cached_tokens:
             self.num_cached_tokens = event.num_cached_tokens
         before = detokenizer.num_tokens
@@ -125,7 +125,7 @@ class Choice:
         """The choice has ended for the given reason; only the first call counts."""
         if not self.finished:
             self.finished = True
-            self._timer.finish(reason, self.num_tokens)
+            self._timer.finish(reason, self.num_tokens, self.num_cached_tokens)
 
 
 def _failure(event: TokenEvent) -> Exception:
@@ -160,7 +160,7 @@ class Generation:
         self._metrics: Metrics = context.metrics
         self.prompts = prompts
         self.n = n
-        now = time.time()
+        now = time.monotonic()
         self.choices = [
             Choice(
                 context,
@@ -181,6 +181,7 @@ class Generation:
             for k in range(n)
         ]
         self._streams: list[AsyncIterator[TokenEvent]] = []
+        self._is_closed = False
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -229,6 +230,10 @@ class Generation:
             self._abort(choice)
         for choice in self.choices:
             choice.close(FINISH_ABORT)
+        if self._streams and not self._is_closed:
+            self._is_closed = True
+            for first in range(0, len(self.choices), self.n):
+                self._metrics.observe_choices([c.num_tokens for c in self.choices[first : first + self.n]])
 
     def _feed(self, choice: Choice, event: TokenEvent) -> Delta:
         delta = choice.feed(event)

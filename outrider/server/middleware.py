@@ -9,8 +9,7 @@ import hashlib
 import hmac
 import time
 import uuid
-from collections.abc import MutableMapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,7 +26,10 @@ OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/ping"})
 SEND_BODY = "outrider.send_body"
 """Scope key of a ``send`` for body messages after the start: the layers between it and a handler only read starts."""
 
-_UNMEASURED = OPEN_PATHS | {"/metrics", "/load", "/version", "/server_info"}
+STREAMED_BYTES = "outrider.streamed_bytes"
+"""Scope key of the number of bytes that went to ``SEND_BODY``; whoever uses that sets it at the end."""
+
+_UNMEASURED = OPEN_PATHS | {"/metrics", "/metrics/", "/load", "/version", "/server_info"}
 
 
 class Gate:
@@ -64,7 +66,7 @@ class Gate:
             return
         body = _Body(self, receive, send)
         try:
-            await self._measured(scope, body.receive, body.send, headers.get(b"x-request-id"))
+            await self._measured(scope, body, headers.get(b"x-request-id"))
         finally:
             self._num_held_bytes -= body.num_bytes
 
@@ -82,12 +84,13 @@ class Gate:
             return None
         return given.hex() if len(self._digests) > 1 else ""
 
-    async def _measured(self, scope: Scope, receive: Receive, send: Send, request_id: bytes | None) -> None:
-        status = 500
+    async def _measured(self, scope: Scope, body: _Body, request_id: bytes | None) -> None:
+        status, num_sent = 500, 0
         start = time.perf_counter()
 
         async def send_noting_status(message: Message) -> None:
-            nonlocal status
+            nonlocal status, num_sent
+            num_sent += len(message.get("body", b""))
             if message["type"] == "http.response.start":
                 status = message["status"]
                 if self._send_request_id:
@@ -95,18 +98,16 @@ class Gate:
                         *message["headers"],
                         (b"x-request-id", request_id or uuid.uuid4().hex.encode()),
                     ]
-            await send(message)
+            await body.send(message)
 
         try:
-            await self._app(scope, receive, send_noting_status)
+            await self._app(scope, body.receive, send_noting_status)
         finally:
             if scope["path"] not in _UNMEASURED:
-                self._observe(scope, status, time.perf_counter() - start)
-
-    def _observe(self, scope: MutableMapping[str, Any], status: int, seconds: float) -> None:
-        handler = getattr(scope.get("route"), "path", "none")
-        self._metrics.http_requests.labels(scope["method"], f"{status // 100}xx", handler).inc()
-        self._metrics.http_seconds.labels(scope["method"], handler).observe(seconds)
+                handler = getattr(scope.get("route"), "path", "none")
+                seconds = time.perf_counter() - start
+                sizes = body.num_bytes, num_sent + scope.get(STREAMED_BYTES, 0)
+                self._metrics.observe_http(scope["method"], handler, status, seconds, *sizes)
 
 
 class _Body:

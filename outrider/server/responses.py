@@ -113,7 +113,8 @@ class Responses:
         generation = call.generation(body, [prompt], [constrained(params, use)])
         builder = ResponseBuilder(_skeleton(call, body, params))
         entry = StoredResponse(builder.response, [*earlier, *new], tenant_of(http))
-        return Job(call, generation, output_parser(use), builder, entry, is_stored=body.store is not False)
+        parser = output_parser(self._context, use)
+        return Job(call, generation, parser, builder, entry, is_stored=body.store is not False)
 
     def _in_background(self, job: Job) -> dict[str, Any]:
         async def run() -> None:

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from outrider.errors import EngineError, RequestError
 from outrider.server.errors import error_body
-from outrider.server.middleware import SEND_BODY
+from outrider.server.middleware import SEND_BODY, STREAMED_BYTES
 
 T = TypeVar("T")
 
@@ -80,22 +80,28 @@ class EventStreamResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write the stream, or stop as soon as the client is gone."""
         try:
-            await unless_disconnected(receive, self._write(send, scope.get(SEND_BODY, send)))
+            await unless_disconnected(receive, self._write(scope, send))
         except ClientGoneError:
             return
         finally:
             self._on_close()
 
-    async def _write(self, send: Send, send_body: Send) -> None:
+    async def _write(self, scope: Scope, send: Send) -> None:
+        send_body: Send = scope.get(SEND_BODY, send)
+        num_bytes = 0
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             async for frame in self._frames:
+                num_bytes += len(frame)
                 await send_body({"type": "http.response.body", "body": frame, "more_body": True})
-        except (RequestError, EngineError) as error:
-            await send_body({"type": "http.response.body", "body": sse(error_body(error)), "more_body": True})
         except Exception as error:
-            logger.exception("A stream failed.")
-            await send_body({"type": "http.response.body", "body": sse(error_body(error)), "more_body": True})
+            if not isinstance(error, (RequestError, EngineError)):
+                logger.exception("A stream failed.")
+            frame = sse(error_body(error))
+            num_bytes += len(frame)
+            await send_body({"type": "http.response.body", "body": frame, "more_body": True})
         finally:
+            if send_body is not send:
+                scope[STREAMED_BYTES] = num_bytes
             await self._frames.aclose()
         await send({"type": "http.response.body", "body": self._ending, "more_body": False})

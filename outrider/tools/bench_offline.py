@@ -57,7 +57,7 @@ class OfflineEngine:
             request_id=f"bench-{self._count}",
             prompt_token_ids=work.prompt_ids,
             sampling=sampling,
-            arrival_s=time.time(),
+            arrival_s=time.monotonic(),
         )
         record = RequestRecord(start=time.perf_counter(), prompt_tokens=len(work.prompt_ids), output_tokens=0)
         async for event in self._client.submit(request):

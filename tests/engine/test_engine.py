@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+import time
 
+import msgspec
 import pytest
 
 from outrider.engine.engine import Engine
 from outrider.engine.kv_manager import KVManager
 from outrider.engine.scheduler import Limits, Scheduler
 from outrider.kv_layout import KVLayout, plan_layout
-from outrider.types import Request, SamplingParams, TokenEvent
+from outrider.types import STEP_TOKEN_BUCKETS, Request, SamplingParams, TokenEvent
 from tests.engine.fake_executor import FakeExecutor, expected_ids
 
 FULL = plan_layout((False,) * 4, None, 256, 4)
@@ -196,3 +198,26 @@ def test_eos_and_min_tokens_end_a_sequence() -> None:
     assert [t for e in events for t in e.token_ids] == ids[:7]
     assert (events[-1].finish_reason, events[-1].stop_reason) == ("stop", ids[6])
     engine.scheduler.check_integrity()
+
+
+def test_queue_time_and_step_sizes() -> None:
+    """Guards the queue time of a request that waits for a row, and the count of steps by their tokens."""
+    engine = make_engine(FULL, 100, rows=1, budget=20)
+    now = time.monotonic()
+    queued: dict[str, list[float]] = {}
+    for name in ("a", "b"):
+        wanted = msgspec.structs.replace(request(name, [5] * 33, 4), arrival_s=now)
+        assert not engine.add(wanted)
+    while engine.has_work:
+        time.sleep(0.001)
+        for event in engine.step():
+            queued.setdefault(event.request_id, []).append(event.queue_s)
+    assert 0 < queued["a"][0] < queued["b"][0] <= time.monotonic() - now
+    assert queued["b"][0] > 0.004 and not any(queued["a"][1:] + queued["b"][1:])
+    stats = engine.stats()
+    counts = dict(zip([*STEP_TOKEN_BUCKETS, None], stats.step_token_counts, strict=True))
+    assert sum(stats.step_token_counts) == stats.steps
+    assert (
+        stats.step_tokens_sum == stats.prompt_tokens + stats.generation_tokens - 2
+    )  # none after the last token
+    assert counts[1] >= 6 and counts[32] >= 1 and counts[None] == 0
