@@ -80,6 +80,11 @@ class IgnoredConfig:
     data_parallel_address: str | None = _ignored(None, "start one server each", "Parallel", short="-dpa")
     data_parallel_rpc_port: int | None = _ignored(None, "start one server each", "Parallel", short="-dpp")
     data_parallel_backend: str = _ignored("mp", "start one server per replica", "Parallel", short="-dpb")
+    data_parallel_hybrid_lb: bool = _ignored(False, "start one server each", "Parallel", short="-dph")
+    data_parallel_external_lb: bool = _ignored(False, "start one server each", "Parallel", short="-dpe")
+    data_parallel_multi_port_external_lb: bool = _ignored(
+        False, "start one server each", "Parallel", short="-dpm"
+    )
     decode_context_parallel_size: int = _ignored(1, _UNSUPPORTED, "Parallel", short="-dcp")
     prefill_context_parallel_size: int = _ignored(1, _UNSUPPORTED, "Parallel", short="-pcp")
     all2all_backend: str | None = _ignored(None, _FIXED, "Parallel")

@@ -58,8 +58,10 @@ def parse_serve(argv: list[str]) -> Settings:
     tokens, maps = normalize(argv)
     given = vars(build_parser().parse_all(tokens))
     positional = given.pop("model_tag", None)
-    file_path = given.pop("config", None)
-    settings = read_yaml(Path(file_path)) if file_path else {}
+    files = given.pop("config", [])
+    if len(files) > 1:
+        raise ConfigError(f"--config is given {len(files)} times; put all settings into one file.")
+    settings = read_yaml(Path(files[0])) if files else {}
     settings.update(given)
     if positional is not None:
         settings["model"] = positional
@@ -89,7 +91,7 @@ def build_parser() -> Parser:
     """The argparse parser of ``serve``; every default is suppressed, so the result holds what was typed."""
     parser = Parser(prog="outrider serve", add_help=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("model_tag", nargs="?")
-    parser.add_argument("--config")
+    parser.add_argument("--config", action="append")
     for item in all_options().values():
         add_option(parser, item)
     return parser

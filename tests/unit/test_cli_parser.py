@@ -45,6 +45,7 @@ COMMON = """\
 --disable-fastapi-docs
 --h11-max-incomplete-event-size 4194304 --h11-max-header-count 256
 --log-config-file f --max-log-len 100
+-dpl 1 -dpa localhost -dpp 1 -dpb mp -dph -dpe -dpm --data-parallel-rank 0 --data-parallel-start-rank 0
 --enable-server-load-tracking --enable-force-include-usage --enable-prompt-tokens-details
 --enable-tokenizer-info-endpoint --log-error-stack --enable-per-request-metrics
 --fingerprint-mode full --fingerprint-value x
@@ -186,6 +187,7 @@ def test_secrets_are_not_shown() -> None:
         ("--port.x 3", "takes no dotted keys"),
         ("--config settings.json", "must be a .yaml or .yml file"),
         ("--config absent.yaml", "cannot be read"),
+        ("--config a.yaml --config b.yaml", "given 2 times"),
         ("--model ''", ""),
     ],
 )
