@@ -39,9 +39,10 @@ class Server:
     """A server's ``/v1`` URL, key and model name; ``stream`` prints an answer while it arrives."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self._url = args.url.rstrip("/")
+        server = args.url.rstrip("/").removesuffix("/v1")
+        self._url = f"{server}/v1"
         headers = bearer(args.api_key)
-        self.model = args.model_name or first_model(self._url.removesuffix("/v1"), headers)
+        self.model = args.model_name or first_model(server, headers)
         self._client = httpx.Client(headers=headers, timeout=httpx.Timeout(None, connect=10.0))
 
     def stream(self, path: str, body: dict[str, Any]) -> Answer:
@@ -65,7 +66,9 @@ class Server:
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that chat and complete share."""
-    parser.add_argument("--url", default="http://localhost:8000/v1", help="the server's /v1")
+    parser.add_argument(
+        "--url", default="http://localhost:8000/v1", help="the server's /v1 (added if left out)"
+    )
     parser.add_argument("--model-name", help="model (default: the first of /v1/models)")
     parser.add_argument("--api-key", help="key (default: OPENAI_API_KEY)")
     parser.add_argument("-q", "--quick", metavar="MESSAGE", help="send one message, print the answer, leave")

@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from outrider.errors import ConfigError
+from outrider.errors import ConfigError, OutriderError
 from outrider.tools.http_api import base_url, bearer, first_model
 from outrider.tools.recipe_figures import GSM8K, Score
 
@@ -41,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print both tables and the verdict. Returns 1 when a full run is below a pass mark."""
-    url = (args.base_url or base_url(args.host, args.port)).rstrip("/")
+    _check(args)
+    url = (args.base_url or base_url(args.host, args.port)).rstrip("/").removesuffix("/v1")
     model = args.model or first_model(url, bearer())
     results = _evaluate(args, url, model)
     print(_lm_eval_table(results))
@@ -77,6 +79,8 @@ def write_local_task(data: Path, folder: Path) -> None:
         raise ConfigError(
             f"--data {data} lacks {missing[0]}; it must hold train.jsonl and test.jsonl of GSM8K."
         )
+    for file in files.values():
+        _check_questions(Path(file))
     assert lm_eval.tasks.__file__ is not None
     task = {
         "include": str(Path(lm_eval.tasks.__file__).parent / "gsm8k" / "gsm8k.yaml"),
@@ -105,6 +109,39 @@ def comparison(measured: Mapping[str, Any], recipe: Sequence[Score], *, full: bo
     return "\n".join(lines)
 
 
+def _check(args: argparse.Namespace) -> None:
+    for name in ("num_concurrent", "timeout", "max_retries", "limit"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} is out of range; use 1 or more.")
+
+
+def _check_questions(file: Path) -> None:
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            is_right = isinstance(entry["question"], str) and isinstance(entry["answer"], str)
+        except (ValueError, LookupError, TypeError):
+            is_right = False
+        if not is_right:
+            raise ConfigError(f"{file}:{number} is not a JSON object with the texts question and answer.")
+
+
+def _reason(error: BaseException, args: argparse.Namespace) -> str:
+    """One sentence for what ended lm_eval, and what to do about it."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if not args.data and any(name.partition(".")[0] == "datasets" for name in modules):
+        return f"GSM8K could not be fetched ({_first_line(error)}); name a folder that holds it: --data DIR."
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"lm_eval gave up ({_first_line(error)}); the lines above and the server's log say more."
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
 def _evaluate(args: argparse.Namespace, url: str, model: str) -> dict[str, Any]:
     try:
         import lm_eval
@@ -114,13 +151,16 @@ def _evaluate(args: argparse.Namespace, url: str, model: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         if args.data:
             write_local_task(Path(args.data), Path(folder))
-        results = lm_eval.simple_evaluate(
-            model="local-completions",
-            model_args=model_args(url, model, args.num_concurrent, args.timeout, args.max_retries),
-            tasks=["gsm8k"],
-            limit=args.limit,
-            task_manager=TaskManager(include_path=folder if args.data else None),
-        )
+        try:
+            results = lm_eval.simple_evaluate(
+                model="local-completions",
+                model_args=model_args(url, model, args.num_concurrent, args.timeout, args.max_retries),
+                tasks=["gsm8k"],
+                limit=args.limit,
+                task_manager=TaskManager(include_path=folder if args.data else None),
+            )
+        except Exception as error:  # lm_eval, its data sets and its HTTP client each raise kinds of their own
+            raise OutriderError(_reason(error, args)) from error
     assert results is not None, "lm_eval returns None only on ranks other than 0"
     return dict(results)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from local_gsm8k import place
 
-from outrider.errors import ConfigError
+from outrider.errors import ConfigError, OutriderError
 from outrider.tools import eval_gsm8k
 from outrider.tools.recipe_figures import GSM8K
 
@@ -107,3 +107,26 @@ def test_missing_data_is_named(tmp_path):
     """Guards: a stack of tracebacks from lm_eval for a wrong --data."""
     with pytest.raises(ConfigError, match=r"train\.jsonl"):
         eval_gsm8k.write_local_task(tmp_path, tmp_path)
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text('{"question": "1 + 1?", "answer": "#### 2"}\n{"question": 3}\n')
+    with pytest.raises(ConfigError, match=r"train\.jsonl:2 is not a JSON object"):
+        eval_gsm8k.write_local_task(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words", ["--limit 0", "--limit -3", "--num-concurrent 0", "--timeout 0", "--max-retries 0"]
+)
+def test_numbers_are_checked_before_anything_starts(words):
+    """Guards: the first minus three questions, or an evaluation that sends nothing."""
+    with pytest.raises(ConfigError, match=f"{words.split()[0]} .* out of range"):
+        eval_gsm8k.run(parse("--model", "m", *words.split()))
+
+
+@pytest.mark.slow
+def test_what_ends_lm_eval_is_one_sentence(shared, offline):
+    """Guards: a traceback of three libraries when the hub or the server is away."""
+    words = ("--model", "m", "--base-url", "http://127.0.0.1:9", "--limit", "1", "--max-retries", "1")
+    with pytest.raises(OutriderError, match=r"could not be fetched .*--data DIR\.$"):
+        eval_gsm8k.run(parse(*words))
+    with pytest.raises(OutriderError, match=r"gave up .*Connect call failed"):
+        eval_gsm8k.run(parse(*words, "--data", str(shared / "data" / "gsm8k")))
