@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 import time
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from outrider.server.media import MediaLoader
 from outrider.server.metrics import Metrics
 from outrider.text.chat_template import ChatTemplate
 from outrider.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("outrider.server")
 
 THREAD_THRESHOLD_CHARS = 8192  # shorter texts are tokenised faster than a thread hop takes
 
@@ -77,6 +80,17 @@ class ServerContext:
         else:
             values = _read_generation_config(Path(source))
         return values | self.server_config.override_generation_config
+
+    @cached_property
+    def shows_tools(self) -> bool:
+        """Whether the chat template tells the model of the tools; when it does not, the log says so once."""
+        shows = self.template is not None and "tools" in self.template.source
+        if not shows:
+            logger.warning(
+                "A request brings tools, but this model's chat template does not show them to it; "
+                "give one that does by --chat-template."
+            )
+        return shows
 
     def writes_token_ids(self, requested: bool | None) -> bool:
         """Whether log probabilities name tokens as ``token_id:N``."""

@@ -47,6 +47,8 @@ async def render_chat(
             "continue_final_message and add_generation_prompt cannot both be true.",
             param="continue_final_message",
         )
+    if body.tools:
+        _ = context.shows_tools
     urls: list[str] = []
     messages = [
         _message(message, i, template.iterates_content, urls) for i, message in enumerate(body.messages)

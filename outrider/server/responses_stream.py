@@ -51,13 +51,11 @@ class ResponseBuilder:
         events = [] if self._output else self._open_message()
         events += self._close("incomplete" if is_cut else "completed")
         response = self.response
+        details = usage.prompt_tokens_details
+        cached = details.cached_tokens if details else 0
         response["usage"] = {
             "input_tokens": usage.prompt_tokens,
-            "input_tokens_details": {
-                "cached_tokens": usage.prompt_tokens_details.cached_tokens
-                if usage.prompt_tokens_details
-                else 0
-            },
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
             "output_tokens": usage.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage.total_tokens,
