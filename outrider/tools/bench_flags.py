@@ -9,17 +9,20 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from outrider.errors import ConfigError
 from outrider.tools.bench_datasets import DATASETS, DatasetOptions, parse_range_ratio
 from outrider.tools.bench_load import Schedule
-from outrider.tools.bench_metrics import METRICS
+from outrider.tools.bench_metrics import METRICS, parse_goodput
 from outrider.tools.bench_report import REPORT_STYLES
 from outrider.tools.http_api import base_url, bearer
+from outrider.tools.output_files import check_writable
 
 CHAT_BACKENDS = ("openai-chat", "vllm-chat")
-BACKENDS = ("vllm", "openai", *CHAT_BACKENDS)
+BACKENDS = ("vllm", "openai", "sglang", "lmdeploy", "scalellm", *CHAT_BACKENDS)
 _SAMPLING = (
     "temperature",
     "top_p",
@@ -54,7 +57,9 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tokenizer-mode", default="auto", help="accepted; has no effect")
     group.add_argument("--trust-remote-code", action="store_true", help="accepted; has no effect")
     group.add_argument("--header", nargs="*", default=[], metavar="K=V", help="extra HTTP headers")
-    group.add_argument("--extra-body", type=json.loads, default={}, metavar="JSON", help="extra body fields")
+    group.add_argument(
+        "--extra-body", type=_json_object, default={}, metavar="JSON", help="extra body fields"
+    )
     group.add_argument("--insecure", action="store_true", help="do not verify TLS certificates")
     group.add_argument("--request-id-prefix", help="of the x-request-id header (default: bench-<8 hex>-)")
 
@@ -135,6 +140,45 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check(args: argparse.Namespace) -> None:
+    """``ConfigError`` for flags that cannot be used, before a server is asked or a prompt is made."""
+    url = urlsplit(base_url_from(args))
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise ConfigError(f"--base-url {args.base_url} must look like http://HOST:PORT.")
+    if not 1 <= args.port <= 65535:
+        raise ConfigError(f"--port {args.port} is out of range; use 1 to 65535.")
+    for name, least in (("num_prompts", 1), ("num_warmups", 0), ("seed", 0), ("random_prefix_len", 0)):
+        if getattr(args, name) < least:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} is {getattr(args, name)}; it must be at least {least}.")
+    endpoint_from(args)
+    schedule_from(args)
+    dataset_from(args)
+    percentiles_from(args)
+    selected_from(args)
+    pairs(args.header, "--header")
+    pairs(args.metadata, "--metadata")
+    parse_goodput(args.goodput)
+    check_writable(args.html, "--html")
+    if args.save_result or args.append_result:
+        check_writable(
+            Path(args.result_dir or "") / (args.result_filename or "result.json"), "--result-filename"
+        )
+    for file in args.html_compare:
+        if not Path(file).is_file():
+            raise ConfigError(f"--html-compare {file} does not exist.")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value: Any = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ConfigError(f"--extra-body {text!r} must be a JSON object.")
+    return dict(value)
+
+
 def without_effect(args: argparse.Namespace) -> list[str]:
     """One sentence for each flag that was given, is accepted for compatibility and changes nothing."""
     given = {
@@ -173,8 +217,6 @@ def extra_body_from(args: argparse.Namespace) -> dict[str, Any]:
     fields |= {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
     if args.ignore_eos:
         fields["ignore_eos"] = True
-    if not isinstance(args.extra_body, dict):
-        raise ConfigError("--extra-body must be a JSON object.")
     return fields | args.extra_body
 
 

@@ -18,6 +18,7 @@ from outrider.cli.parser import add_engine_arguments, engine_config_of
 from outrider.errors import ConfigError
 from outrider.tools.bench_offline import OfflineEngine, Work, located, sampled_copies, with_engine
 from outrider.tools.bench_tokenizer import open_codec
+from outrider.tools.output_files import check_writable
 from outrider.tools.plots import Series, cdf_plot, line_plot, page, table
 
 _PERCENTILES = (10, 25, 50, 75, 90, 99)
@@ -43,6 +44,10 @@ def run(args: argparse.Namespace) -> int:
     for name in ("input_len", "output_len", "batch_size", "n", "num_iters"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
+    if args.num_iters_warmup < 0:
+        raise ConfigError(f"--num-iters-warmup is {args.num_iters_warmup}; it must be at least 0.")
+    check_writable(args.output_json, "--output-json")
+    check_writable(args.html, "--html")
     config, tokenizer = located(engine_config_of(args))
     if not hasattr(args, "enable_prefix_caching"):  # absent means that the flag was not typed
         config = replace(config, enable_prefix_caching=False)

@@ -7,8 +7,10 @@ vLLM 0.26. People and scripts compare both line by line: labels and order are fi
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,8 @@ def result_json(
         keys = ("ramp_up_strategy", "ramp_up_start_rps", "ramp_up_end_rps")
         result |= dict(zip(keys, schedule.ramp, strict=True))
     result |= _figures(metrics)
+    if schedule.ramp is not None:
+        result["rps_change_events"] = _rate_changes(info, load)
     if style == "seed":
         result["request_goodput:"] = metrics.request_goodput  # the key's colon is part of the 2025 format
     for name in info.selected:
@@ -144,7 +148,22 @@ def _figures(metrics: Metrics) -> dict[str, Any]:
         "total_token_throughput": metrics.total_token_throughput,
         "max_output_tokens_per_s": metrics.max_output_tokens_per_s,
         "max_concurrent_requests": metrics.max_concurrent_requests,
+        "rtfx": 0.0,  # of audio, which this client does not send
     }
+
+
+def _rate_changes(info: RunInfo, load: LoadResult) -> list[dict[str, Any]]:
+    """When a ramp reached each whole rate: ``{"rps": requests a second, "timestamp": local time as ISO 8601}``."""
+    origin = datetime.now() - timedelta(seconds=time.perf_counter())
+    changes: list[dict[str, Any]] = []
+    for index, record in enumerate(load.records):
+        rate = int(info.schedule.rate_at(index, len(load.records)))
+        last = changes[-1]["rps"] if changes else None
+        at = (origin + timedelta(seconds=record.start)).isoformat()
+        changes += [
+            {"rps": rps, "timestamp": at} for rps in range(rate if last is None else last + 1, rate + 1)
+        ]
+    return changes
 
 
 def _details(metrics: Metrics, load: LoadResult) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class Run:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, report, save. Returns 0, or 1 when no request succeeded."""
+    flags.check(args)
     print(args)
     for note in flags.without_effect(args):
         print(note, file=sys.stderr)
@@ -248,6 +249,7 @@ def _run_event_loop(main: Coroutine[Any, Any, _T]) -> _T:
 def _wait_until_up(base_url: str, headers: dict[str, str], args: argparse.Namespace) -> None:
     """Ask ``/v1/models`` each second until anything answers, for ``--ready-check-timeout-sec`` at most."""
     deadline = time.monotonic() + args.ready_check_timeout_sec
+    is_first = True
     while True:
         try:
             httpx.get(f"{base_url}/v1/models", headers=headers, verify=not args.insecure, timeout=10.0)
@@ -259,4 +261,10 @@ def _wait_until_up(base_url: str, headers: dict[str, str], args: argparse.Namesp
                 raise ConfigError(
                     f"No server answers at {base_url} ({error}); start one or fix --port."
                 ) from error
+            if is_first:
+                print(
+                    f"Nothing answers at {base_url} yet; waiting up to {args.ready_check_timeout_sec:.0f} s.",
+                    file=sys.stderr,
+                )
+            is_first = False
         time.sleep(1.0)

@@ -18,6 +18,7 @@ from outrider.errors import ConfigError
 from outrider.tools import bench_flags, bench_serve
 from outrider.tools.bench_html import sweep_page
 from outrider.tools.bench_report import result_json, save_result, text_report
+from outrider.tools.output_files import check_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure every missing point, then write the page. Returns 1 when a point had no success."""
+    bench_flags.check(args)
     output = Path(args.output)
+    check_writable(output, "--output")
     points = _read_points(output)
     done = {(point["input_len"], point["max_concurrency"]) for point in points}
     grid = [(length, streams) for length in _ints(args.input_lens, "--input-lens") for streams in _ints(

@@ -20,6 +20,7 @@ from outrider.tools.bench_metrics import compute_metrics
 from outrider.tools.bench_offline import OfflineEngine, Work, located, sampled_copies, with_engine
 from outrider.tools.bench_report import RunInfo
 from outrider.tools.bench_tokenizer import open_codec
+from outrider.tools.output_files import check_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     """Start the engine, generate, print the figures."""
     if args.n < 1:
         raise ConfigError(f"--n is {args.n}; it must be at least 1.")
+    check_writable(args.output_json, "--output-json")
+    check_writable(args.html, "--html")
     config, tokenizer = located(engine_config_of(args))
     codec = open_codec([str(tokenizer)])
     options = DatasetOptions(

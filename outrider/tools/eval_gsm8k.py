@@ -16,6 +16,7 @@ from typing import Any
 
 from outrider.errors import ConfigError, OutriderError
 from outrider.tools.http_api import base_url, bearer, first_model
+from outrider.tools.output_files import check_writable
 from outrider.tools.recipe_figures import GSM8K, Score
 
 _METRIC = "exact_match"
@@ -114,6 +115,7 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value} is out of range; use 1 or more.")
+    check_writable(args.output, "--output")
 
 
 def _check_questions(file: Path) -> None:

@@ -38,6 +38,7 @@ class FakeOpenAI:
     close_idle: bool = False
     reply: Callable[[str], str] = field(default=lambda prompt: " w0 w1")
     error_event: str = ""
+    uneven: bool = False
     served: list[Served] = field(default_factory=list)
 
     def start(self) -> "FakeOpenAI":
@@ -117,9 +118,14 @@ class FakeOpenAI:
         writer.write(
             b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
         )
-        start = time.perf_counter()
+        start, order = time.perf_counter(), len(self.served)
         for index in range(0, limit, self.tokens_per_chunk):
             due = start + self.ttft_s + self.itl_s * len(served.sent)
+            if (
+                self.uneven
+            ):  # the first tokens of three in a row come 1, 2, 3 times as late; gaps are 1, 2, 3 long
+                steps = sum(1 + i % 3 for i in range(len(served.sent)))
+                due = start + self.ttft_s * (1 + order % 3) + self.itl_s * steps * (1 + order % 2) / 2
             await asyncio.sleep(max(due - time.perf_counter(), 0))
             text = "".join(f" w{i}" for i in range(index, min(index + self.tokens_per_chunk, limit)))
             choice = {"index": 0, "delta": {"content": text}} if chat else {"index": 0, "text": text}

@@ -2,6 +2,7 @@
 
 import json
 import re
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -67,6 +68,59 @@ def test_figures_agree_with_the_servers_own_count(
     itl_per_request = sorted(np.mean(itls) for itls in result["itls"])
     assert itl_per_request == pytest.approx(sorted(np.mean(np.diff(s.sent)) for s in served), rel=0.02)
     assert max(result["ttfts"]) < 0.6, "waiting for a slot was counted as TTFT"
+
+
+def test_every_statistic_of_uneven_answers(fake, serve_args, tmp_path, capsys):
+    """Guards each mean, median, deviation and percentile, where requests and gaps differ as they do in life."""
+    server = fake(ttft_s=0.15, itl_s=0.04, uneven=True)
+    words = ("--num-prompts", "12", "--max-concurrency", "4", "--random-input-len", "16")
+    words += ("--random-output-len", "9", "--percentile-metrics", "ttft,tpot,itl,e2el")
+    words += ("--metric-percentiles", "25,50,90,99", "--goodput", "ttft:400", "e2el:900")
+    result, _ = run_json(serve_args(*common(server, tmp_path, *words)), tmp_path, capsys)
+    served = server.served[1:]
+    ttft = np.array([s.sent[0] - s.received for s in served])
+    e2el = np.array([s.sent[-1] - s.received for s in served])
+    values = {"ttft": ttft, "e2el": e2el, "tpot": (e2el - ttft) / 8}
+    values["itl"] = np.concatenate([np.diff(s.sent) for s in served])
+    assert ttft.max() > 2 * ttft.min() and values["itl"].max() > 2 * values["itl"].min()
+    for name, array in values.items():
+        expected = {"mean": array.mean(), "median": np.median(array), "std": array.std()}
+        expected |= {f"p{p}": np.percentile(array, p) for p in (25, 50, 90, 99)}
+        for statistic, value in expected.items():
+            key = f"{statistic}_{name}_ms"
+            assert result[key] == pytest.approx(value * 1e3, rel=0.02, abs=1.0), key
+    good = int(((ttft <= 0.4) & (e2el <= 0.9)).sum())
+    assert 0 < good < 12
+    assert result["request_goodput"] == pytest.approx(good / result["duration"], rel=0.02)
+    ends = [s.sent[-1] for s in served]
+    assert result["duration"] == pytest.approx(max(ends) - min(s.received for s in served), rel=0.02)
+    assert result["output_throughput"] == pytest.approx(12 * 9 / result["duration"], rel=1e-6)
+
+
+def test_ramp_is_told(fake, serve_args, tmp_path, capsys):
+    """Guards the times at which a ramp reaches each whole rate, and the ramp's own keys."""
+    server = fake(ttft_s=0.0, itl_s=0.0)
+    words = (
+        "--num-prompts",
+        "40",
+        "--random-input-len",
+        "8",
+        "--random-output-len",
+        "2",
+        "--burstiness",
+        "inf",
+    )
+    ramp = ("--ramp-up-strategy", "linear", "--ramp-up-start-rps", "20", "--ramp-up-end-rps", "60")
+    result, _ = run_json(serve_args(*common(server, tmp_path, *words, *ramp)), tmp_path, capsys)
+    assert (result["ramp_up_strategy"], result["ramp_up_start_rps"], result["ramp_up_end_rps"]) == (
+        "linear", 20.0, 60.0,
+    )  # fmt: skip
+    assert [change["rps"] for change in result["rps_change_events"]] == list(range(20, 61))
+    times = [datetime.fromisoformat(change["timestamp"]) for change in result["rps_change_events"]]
+    assert times == sorted(times) and abs((datetime.now() - times[-1]).total_seconds()) < 60
+    sent = np.diff([s.received for s in server.served[1:]])
+    assert sent.sum() == pytest.approx((times[-1] - times[0]).total_seconds(), abs=0.1)
+    assert sent[:10].mean() > 1.5 * sent[-10:].mean()
 
 
 def test_report_lines_are_the_recipes(fake, serve_args, tmp_path, capsys, shared):
@@ -141,7 +195,7 @@ def test_json_keys(fake, serve_args, tmp_path, capsys):
         date endpoint_type backend label model_id tokenizer_id num_prompts gpu request_rate burstiness
         max_concurrency duration completed failed total_input_tokens total_output_tokens request_throughput
         request_goodput output_throughput total_token_throughput max_output_tokens_per_s
-        max_concurrent_requests
+        max_concurrent_requests rtfx
     """.split()  # noqa: SIM905
     assert list(result)[: len(spec)] == spec
     stats = [f"{s}_{m}_ms" for m in ("ttft", "tpot", "itl") for s in ("mean", "median", "std", "p99")]
@@ -219,13 +273,22 @@ def test_request_bodies(fake, serve_args, tmp_path, capsys, monkeypatch):
         (("--dataset-name", "sharegpt"), "--dataset-path"),
         (("--random-range-ratio", "1.0"), "--random-range-ratio"),
         (("--num-prompts", "0"), "--num-prompts"),
+        (("--seed", "-1"), "--seed"),
+        (("--random-prefix-len", "-5"), "--random-prefix-len"),
+        (("--base-url", "somewhere"), "--base-url"),
+        (("--port", "99999"), "--port"),
+        (("--html", "/proc/none/page.html"), "--html"),
+        (("--result-dir", "/proc/none"), "--result-filename"),
+        (("--html", "x.html", "--html-compare", "none.json"), "--html-compare"),
+        (("--metadata", "x"), "--metadata"),
     ],
 )
 def test_bad_flags_are_refused_by_name(fake, serve_args, tmp_path, words, part):
-    """Guards: a traceback, or a measurement of something else than asked."""
+    """Guards: a traceback, a measurement of something else than asked, or minutes of it thrown away at the end."""
     server = fake()
     with pytest.raises(ConfigError, match=re.escape(part)):
         bench_serve.run(serve_args(*common(server, tmp_path, *words)))
+    assert not server.served
 
 
 def test_no_server_is_one_sentence(serve_args):
