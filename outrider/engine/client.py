@@ -132,7 +132,10 @@ class ProcessEngineClient:
 
     async def _read(self) -> list[object]:
         assert self._reader is not None
-        data = await self._reader.read(1 << 20)
+        try:
+            data = await self._reader.read(1 << 20)
+        except ConnectionError:  # it went away with something of ours unread
+            data = b""
         if not data:
             raise EngineDeadError("The engine process ended; the log above says why.")
         return self._frames.feed(data)

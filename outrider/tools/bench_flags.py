@@ -217,7 +217,8 @@ def extra_body_from(args: argparse.Namespace) -> dict[str, Any]:
     fields |= {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
     if args.ignore_eos:
         fields["ignore_eos"] = True
-    return fields | args.extra_body
+    fields |= args.extra_body
+    return fields
 
 
 def schedule_from(args: argparse.Namespace) -> Schedule:
