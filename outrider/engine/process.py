@@ -213,4 +213,7 @@ def _read_exactly(sock: socket.socket, count: int) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))
+    status = main(int(sys.argv[1]), int(sys.argv[2]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # all is shut down; what libraries print while the interpreter unwinds helps nobody

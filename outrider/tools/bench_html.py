@@ -40,6 +40,20 @@ _ROWS = {
 }
 
 
+_COLUMNS = {
+    "input_len": "Input",
+    "output_len": "Output",
+    "max_concurrency": "Streams",
+    "completed": "Done",
+    "failed": "Failed",
+    "output_throughput": "Tokens/s",
+    "median_ttft_ms": "TTFT, ms",
+    "p99_ttft_ms": "P99 TTFT",
+    "median_tpot_ms": "TPOT, ms",
+    "p99_itl_ms": "P99 ITL",
+}
+
+
 def serve_page(info: RunInfo, metrics: Metrics, load: LoadResult, compare: Sequence[str]) -> str:
     """One run's page; ``compare`` are result files of other runs, shown as further columns."""
     result = result_json(info, metrics, load, style="v1", detailed=False)
@@ -83,11 +97,9 @@ def sweep_page(points: Sequence[Mapping[str, Any]]) -> str:
         _by_length(points, "median_ttft_ms", "Median TTFT by input length", "ms"),
         _by_length(points, "output_throughput", "Output throughput by input length", "tokens a second"),
     ]  # fmt: skip
-    keys = ("input_len", "output_len", "max_concurrency", "completed", "failed", "output_throughput",
-            "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_itl_ms")  # fmt: skip
-    rows = [[number(float(point[key])) for key in keys] for point in points]
+    rows = [[number(float(point[key])) for key in _COLUMNS] for point in points]
     intro = f"{points[0]['model_id']}, {points[0]['date']}. {_BESIDE}"
-    return page("Benchmark sweep", intro, [table(keys, rows)], by_concurrency + by_length)
+    return page("Benchmark sweep", intro, [table(tuple(_COLUMNS.values()), rows)], by_concurrency + by_length)
 
 
 _BESIDE = "Beside it the published figures of the vLLM recipe (one B200, 1,024 in / 1,024 out, August 2025)."

@@ -224,7 +224,7 @@ def _legend(labels: Sequence[str]) -> str:
     """Coloured squares and labels in as many rows as they need; two rows clear the plot."""
     parts, x, y = [], float(_LEFT), 20
     for index, label in enumerate(labels):
-        width = 24 + 5.8 * len(label)
+        width = 26 + 6.3 * len(label)
         if x + width > WIDTH and x > _LEFT:
             x, y = float(_LEFT), y + 13
         parts.append(f'<rect x="{x:.0f}" y="{y}" width="9" height="9" fill="var(--c{index % _COLOURS})"/>')
