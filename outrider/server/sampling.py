@@ -102,8 +102,6 @@ def truncate(context: ServerContext, body: SamplingBody, ids: list[int], reserve
     """Apply ``truncate_prompt_tokens``; -1 means all that the context leaves beside ``reserved`` output tokens."""
     if body.truncate_prompt_tokens is None:
         return ids
-    if body.truncation_side not in (None, "left", "right"):
-        raise RequestError("truncation_side must be 'left' or 'right'.", param="truncation_side")
     room = context.max_model_len - reserved
     keep = room if body.truncate_prompt_tokens == -1 else body.truncate_prompt_tokens
     if not 1 <= keep <= room:

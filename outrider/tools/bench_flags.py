@@ -190,8 +190,8 @@ def without_effect(args: argparse.Namespace) -> list[str]:
 
 
 def base_url_from(args: argparse.Namespace) -> str:
-    """``--base-url``, or host and port."""
-    return str(args.base_url or base_url(args.host, args.port)).rstrip("/")
+    """``--base-url`` (with or without its ``/v1``), or host and port."""
+    return str(args.base_url or base_url(args.host, args.port)).rstrip("/").removesuffix("/v1")
 
 
 def endpoint_from(args: argparse.Namespace) -> str:

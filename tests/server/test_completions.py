@@ -276,6 +276,7 @@ def test_truncation(server: Server) -> None:
         server.post("/v1/completions", prompt=[1, 2, 3, 4], truncate_prompt_tokens=2, truncation_side=side)
         assert server.engine.submitted[-1].prompt_token_ids == kept
     assert server.post("/v1/completions", prompt=[1], truncate_prompt_tokens=0).status_code == 400
+    assert server.post("/v1/completions", prompt="x", truncation_side="up").status_code == 400
 
 
 def test_openai_client(server: Server) -> None:

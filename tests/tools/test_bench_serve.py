@@ -218,8 +218,8 @@ def test_failures_are_counted_not_averaged(fake, serve_args, tmp_path, capsys):
         "--random-output-len",
         "4",
     )
-    args = serve_args(*common(server, tmp_path, *words, "--ready-check-timeout-sec", "0"))
-    result, _ = run_json(args, tmp_path, capsys)
+    more = ("--ready-check-timeout-sec", "0", "--base-url", f"{server.url}/v1/")
+    result, _ = run_json(serve_args(*common(server, tmp_path, *words, *more)), tmp_path, capsys)
     refused, cut = 19 // 4, 19 // 5
     assert result["failed"] == refused + cut and result["completed"] == 19 - refused - cut
     assert sum("HTTP 503" in error and "queue is full" in error for error in result["errors"]) == refused
