@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -75,6 +77,14 @@ def test_every_name_that_dashboards_plot(server: Server) -> None:
     (config,) = families["vllm:cache_config_info"].samples
     assert config.labels["block_size"] == "16" and config.labels["gpu_memory_utilization"] == "0.9"
     assert config.labels["enable_prefix_caching"] == "True"
+
+
+def test_operations_page_names_what_there_is(server: Server) -> None:
+    """Guards the page's table of times against a renamed metric."""
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+)`", page.split("\n## Metrics\n")[1].split("\n## ")[0])
+    known = {*GAUGES.split(), *HISTOGRAMS.split(), "model_name", "engine", "capacity", "deferred"}
+    assert len(named) > 8 and set(named) <= known
 
 
 def test_times_of_a_request_add_up(server: Server) -> None:
