@@ -35,6 +35,8 @@ class ResponsesBody(SamplingBody, kw_only=True):
     truncation: str | None = None
     metadata: dict[str, Any] | None = None
     user: str | None = None
+    conversation: Any = None
+    prompt: Any = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -42,6 +44,12 @@ def check_body(body: ResponsesBody) -> None:
     """Refuse what would otherwise be ignored in silence."""
     if (body.n or 1) != 1:
         raise RequestError("A response has one answer; remove n.", param="n")
+    if body.conversation is not None:
+        raise RequestError(
+            "conversation is not supported; continue one by previous_response_id.", param="conversation"
+        )
+    if body.prompt is not None:
+        raise RequestError("Stored prompts are not supported; send input and instructions.", param="prompt")
     if body.top_logprobs:
         raise RequestError("top_logprobs is available in /v1/chat/completions only.", param="top_logprobs")
     if body.truncation not in (None, "disabled"):

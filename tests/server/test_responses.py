@@ -208,6 +208,8 @@ BAD: list[dict[str, Any]] = [
     {"input": "x", "n": 2},
     {"input": "x", "max_output_tokens": 0},
     {"input": "x", "truncation": "auto"},
+    {"input": "x", "conversation": "conv_1"},
+    {"input": "x", "prompt": {"id": "pmpt_1"}},
     {"input": "x", "tools": [{"type": "web_search"}]},
     {"input": "x", "background": True, "stream": True},
     {"input": [{"type": "item_reference", "id": "y"}]},
