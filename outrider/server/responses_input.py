@@ -44,6 +44,8 @@ def check_body(body: ResponsesBody) -> None:
     """Refuse what would otherwise be ignored in silence."""
     if (body.n or 1) != 1:
         raise RequestError("A response has one answer; remove n.", param="n")
+    if not body.tools and body.tool_choice not in (None, "auto", "none"):
+        raise RequestError("tool_choice needs tools; send tools or remove it.", param="tool_choice")
     if body.conversation is not None:
         raise RequestError(
             "conversation is not supported; continue one by previous_response_id.", param="conversation"

@@ -209,6 +209,8 @@ BAD: list[dict[str, Any]] = [
     {"input": "x", "max_output_tokens": 0},
     {"input": "x", "truncation": "auto"},
     {"input": "x", "conversation": "conv_1"},
+    {"input": "x", "tool_choice": "required"},
+    {"input": "x", "tool_choice": {"type": "function", "name": "f"}, "tools": []},
     {"input": "x", "prompt": {"id": "pmpt_1"}},
     {"input": "x", "tools": [{"type": "web_search"}]},
     {"input": "x", "background": True, "stream": True},
