@@ -149,7 +149,7 @@ class EngineConfig(_Checked):
     enforce_eager: bool = option(False, "Never use CUDA graphs", group="Model")
     deterministic: bool = option(
         False,
-        "The same bits for a request whatever runs beside it, at a cost (CPU only, see docs/operations.md)",
+        "The same bits for a request whatever runs beside it, at a cost (see docs/operations.md)",
         group="Model",
     )
     tensor_parallel_size: int = option(

@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from outrider.kernels._dispatch import on_gpu
-from outrider.kernels.attention_decode import decode_attention
+from outrider.kernels.attention_decode import DecodeTile, decode_attention
 from outrider.kernels.attention_prefill import prefill_attention
-from outrider.kernels.invariant import attend_each, is_invariant
+from outrider.kernels.invariant import NUM_SPLITS, attend_each, is_invariant
 from outrider.kernels.quantize import quantize_fp8_reference
+
+TOKENS_AT_ONCE = 512
+"""Tokens of one launch when each attends by itself; bounds the memory of the splits' partial results."""
 
 
 def paged_attention(
@@ -215,6 +218,15 @@ def paged_attention_triton(
     num_tokens, num_heads, head_dim = q.shape
     dtype = q.dtype if out_scale is None else torch.float8_e4m3fn
     out = torch.empty((num_tokens, num_heads * head_dim), dtype=dtype, device=q.device)
+    if is_invariant():
+        seqs, lengths = _tokens_as_decodes(num_tokens, query_start, seq_lens)
+        for i in range(0, num_tokens, TOKENS_AT_ONCE):
+            tokens = slice(i, i + TOKENS_AT_ONCE)
+            decode_attention(
+                q[tokens], k_cache, v_cache, block_tables[seqs[tokens]], lengths[tokens], max_seq_len,
+                sm_scale, chunk_size, k_scale, v_scale, out[tokens], DecodeTile(), NUM_SPLITS, out_scale,
+            )  # fmt: skip
+        return out
     if num_decodes:
         decode_attention(
             q[:num_decodes], k_cache, v_cache, block_tables, seq_lens, max_seq_len,
@@ -226,3 +238,16 @@ def paged_attention_triton(
             sm_scale, chunk_size, k_scale, v_scale, out, out_scale=out_scale,
         )  # fmt: skip
     return out
+
+
+def _tokens_as_decodes(
+    num_tokens: int, query_start: torch.Tensor, seq_lens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each token's sequence and how much of it the token sees, int32 ``[T]``; padding sees nothing."""
+    tokens = torch.arange(num_tokens, dtype=torch.int32, device=seq_lens.device)
+    ends = query_start[1:]
+    seqs = torch.searchsorted(ends, tokens, right=True, out_int32=True)
+    is_padding = seqs == len(ends)
+    seqs = seqs.clamp(max=len(ends) - 1)
+    lengths = seq_lens[seqs] - (ends[seqs] - 1 - tokens)
+    return seqs, lengths.masked_fill(is_padding, 0)

@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from outrider.kernels._dispatch import arrival_counters, ceil_div, num_sms, on_gpu, power_of_two_at_least
 from outrider.kernels.gemv import GemvTile, gemv_triton
+from outrider.kernels.invariant import is_invariant
 from outrider.kernels.overlap import let_next_start, overlap_options, prefetch_rows, wait_for_inputs
 
 
@@ -24,8 +25,9 @@ from outrider.kernels.overlap import let_next_start, overlap_options, prefetch_r
 class SkinnyTile:
     """Launch constants of the few-rows product: weight rows and depth of a tile, pipeline stages, warps.
 
-    ``programs_per_sm``: the depth is split until about that many programs a multiprocessor exist. ``prefetch``: bytes
-    of each FP8 weight row that a program fetches into the L2 cache while the kernel before runs: a power of two.
+    ``programs_per_sm``: the depth is split until about that many programs a multiprocessor exist; 0 never splits it.
+    ``prefetch``: bytes of each FP8 weight row that a program fetches into the L2 cache while the kernel before runs: a
+    power of two. ``rows``: rows of x in a tile, 0 for as many as there are.
     """
 
     outputs: int
@@ -34,6 +36,7 @@ class SkinnyTile:
     warps: int
     programs_per_sm: int
     prefetch: int = 0
+    rows: int = 0
 
 
 SKINNY_TILES = {
@@ -57,6 +60,12 @@ GEMV_TILE: GemvTile | None = GemvTile(2, 1024, 2)
 
 H200, 2026-11-26, a whole layer of one token: 109 us, with other sizes 109 to 117, with few-rows tiles 114 to 123.
 """
+
+INVARIANT_TILES = {
+    torch.float8_e4m3fn: SkinnyTile(64, 256, 4, 4, 0, rows=64),
+    torch.bfloat16: SkinnyTile(64, 128, 4, 4, 0, rows=64),
+}
+"""The one tile of ``--deterministic``: its sums do not follow the number of rows."""
 
 MAX_SPLIT_K = 16
 
@@ -84,7 +93,8 @@ def fp8_linear(
     """
     if not on_gpu(x):
         return fp8_linear_reference(x, weight, x_scale, w_scale, out_dtype)
-    if x.shape[0] == 1 and GEMV_TILE is not None and GEMV_TILE.takes(weight.shape[1]):
+    is_lone = x.shape[0] == 1 and not is_invariant()
+    if is_lone and GEMV_TILE is not None and GEMV_TILE.takes(weight.shape[1]):
         return gemv_triton(x, weight, x_scale, w_scale, out_dtype, GEMV_TILE)
     tile = _skinny_tile(x, weight)
     if tile is None:
@@ -210,7 +220,7 @@ def skinny_triton(
     """Launch the few-rows product; scales are for FP8 operands only. K must make rows 16-byte multiples."""
     num_rows, depth = x.shape
     num_outputs = weight.shape[0]
-    rows = min(128, power_of_two_at_least(num_rows, 16))
+    rows = tile.rows or min(128, power_of_two_at_least(num_rows, 16))
     tiles = (ceil_div(num_outputs, tile.outputs), ceil_div(num_rows, rows))
     split_k = _split_k(
         tiles[0] * tiles[1], ceil_div(depth, tile.depth), tile.programs_per_sm * num_sms(x.device)
@@ -250,6 +260,8 @@ def _skinny_tile(x: torch.Tensor, weight: torch.Tensor) -> SkinnyTile | None:
     """The table's entry for this many rows, or None where cuBLASLt is the choice."""
     if not on_gpu(x) or (weight.shape[1] * weight.element_size()) % 16:
         return None
+    if is_invariant():
+        return INVARIANT_TILES.get(weight.dtype)
     for most_rows, tile in SKINNY_TILES.get(weight.dtype, ()):
         if x.shape[0] <= most_rows:
             return tile
@@ -302,4 +314,5 @@ AOT_SPECS = [
     _aot_spec(True, 16, 4, SKINNY_TILES[torch.float8_e4m3fn][0][1]),
     _aot_spec(True, 16, 2, SkinnyTile(64, 256, 5, 4, 2, prefetch=1024)),
     _aot_spec(False, 16, 1, SKINNY_TILES[torch.bfloat16][0][1]),
+    *(_aot_spec(t == torch.float8_e4m3fn, tile.rows, 1, tile) for t, tile in INVARIANT_TILES.items()),
 ]

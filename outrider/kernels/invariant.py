@@ -1,13 +1,15 @@
 """Products and attention whose bits for a token do not depend on what else is in the step: ``--deterministic``.
 
-On while ``torch.use_deterministic_algorithms`` is on (the rank's start decides, once); CPU only. The libraries behind
-a product choose kernels by the number of rows, so here every product has ``ROWS`` of them: more are cut, fewer are
-padded. Attention takes every query by itself, over exactly the keys it sees, as if each token were a decode;
-so chunk borders, prefix hits and preemption change nothing either.
+The rank's start turns it on, once for the process. The libraries behind a product choose kernels by the number of
+rows, so here every product has ``ROWS`` of them: more are cut, fewer are padded. Attention takes every query by
+itself, over exactly the keys it sees, as if each token were a decode; so chunk borders, prefix hits and preemption
+change nothing either. On a GPU the kernels of this package ask ``is_invariant`` and take one tile and one split for
+any number of rows: a row of a tile is a chain of sums of its own, the same in every place.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,23 +20,33 @@ from torch.overrides import TorchFunctionMode
 ROWS = 16
 """Rows of every product: decode pays for up to 15 unused ones, a long prefill for smaller products."""
 
+NUM_SPLITS = 8
+"""Parts of a context that decode attention reads side by side on a GPU, whatever their length."""
+
+_is_on = False
+
 _LINEARS = (F.linear, torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._linear_pointwise.default)
 
 
-def make_invariant() -> None:
+def make_invariant(device: torch.device) -> None:
     """Turn it on for the calling thread's steps, for the life of the process."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    global _is_on
+    _is_on = True
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    else:  # what cuBLAS still multiplies is summed in one order on every stream
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     InvariantProducts().__enter__()
 
 
 def is_invariant() -> bool:
     """Whether this process computes each token as if it were alone."""
-    return torch.are_deterministic_algorithms_enabled()
+    return _is_on
 
 
 class InvariantProducts(TorchFunctionMode):
-    """While entered, every linear product on the host is made of blocks of ``ROWS`` rows."""
+    """While entered, every linear product of torch is made of blocks of ``ROWS`` rows."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -49,12 +61,21 @@ def _in_blocks(
     func: Callable[..., torch.Tensor], x: torch.Tensor, rest: Sequence[Any], kwargs: dict[str, Any]
 ) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    missing = -len(rows) % ROWS
+    y = by_blocks(lambda block: (func(block, *rest, **kwargs),), rows)[0]
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def by_blocks(op: Callable[..., tuple[torch.Tensor, ...]], *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """``op`` on ``ROWS`` rows of the inputs at a time, the last ones padded with zeros; its results, put together."""
+    num_rows = len(inputs[0])
+    missing = -num_rows % ROWS
     if missing:
-        rows = torch.cat([rows, rows.new_zeros((missing, rows.shape[1]))])
-    parts = [func(rows[i : i + ROWS].contiguous(), *rest, **kwargs) for i in range(0, len(rows), ROWS)]
-    y = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return y[: len(rows) - missing].reshape(*x.shape[:-1], y.shape[-1])
+        inputs = tuple(torch.cat([x, x.new_zeros((missing, *x.shape[1:]))]) for x in inputs)
+    parts = [op(*(x[i : i + ROWS].contiguous() for x in inputs)) for i in range(0, len(inputs[0]), ROWS)]
+    if not parts:
+        return tuple(y[:0] for y in op(*(x.new_zeros((ROWS, *x.shape[1:])) for x in inputs)))
+    joined = parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+    return tuple(y[:num_rows] for y in joined)
 
 
 def attend_each(

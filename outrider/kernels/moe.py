@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from outrider.kernels._dispatch import on_gpu
+from outrider.kernels.invariant import is_invariant
 from outrider.kernels.moe_dispatch import (
     PLAIN,
     STATIC_FP8,
@@ -49,6 +50,9 @@ BF16_TILES = (
     (1 << 30, Tile(128, 128, 64, False, 4, 8), Tile(128, 128, 64, False, 4, 8)),
 )
 """The same for bf16 weights."""
+
+INVARIANT_ROWS = 40
+"""Rows an expert whose tiles ``--deterministic`` takes for any number: they do not split the depth."""
 
 
 def route(router_logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,8 +218,8 @@ def moe_nvfp4_triton(
 def choose_tiles(
     table: tuple[tuple[int, Tile, Tile], ...], num_rows: int, num_experts: int
 ) -> tuple[Tile, Tile]:
-    """The (gate-up, down) tiles for this many rows spread evenly over the experts."""
-    mean_rows = num_rows / num_experts
+    """The (gate-up, down) tiles for this many rows spread evenly over the experts; always the same if invariant."""
+    mean_rows = INVARIANT_ROWS if is_invariant() else num_rows / num_experts
     return next((up, down) for most_rows, up, down in table if mean_rows <= most_rows)
 
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from outrider.kernels._dispatch import ceil_div, on_gpu, power_of_two_at_least
+from outrider.kernels.invariant import by_blocks, is_invariant
 
 BEST_TILE = 4096
 """Logits of one program of the pass that finds the maxima."""
@@ -99,11 +100,21 @@ class TopLogprobs(NamedTuple):
 
 def top_logprobs(logits: torch.Tensor, ids: torch.Tensor, k: int) -> TopLogprobs:
     """Raw float32 log-softmax of ``logits [N, V]`` at ``ids [N]`` (-1 is read as 0) and at the k most likely ids."""
+    if is_invariant():
+        return TopLogprobs(*by_blocks(lambda x, i: _top_logprobs(x, i, k, stable=True), logits, ids))
+    return _top_logprobs(logits, ids, k, stable=False)
+
+
+def _top_logprobs(logits: torch.Tensor, ids: torch.Tensor, k: int, stable: bool) -> TopLogprobs:
+    """``stable``: equals come in the order of their ids, whatever k is."""
     norm = torch.logsumexp(logits.float(), dim=-1, keepdim=True)
     chosen = logits.gather(1, ids.clamp(min=0)[:, None])
     rank = (logits > chosen).sum(dim=-1) + 1
-    top = torch.topk(logits, k, dim=-1)
-    return TopLogprobs((chosen.float() - norm)[:, 0], rank, top.indices, top.values.float() - norm)
+    if stable:
+        values, top_ids = (x[:, :k] for x in logits.sort(dim=-1, descending=True, stable=True))
+    else:
+        values, top_ids = torch.topk(logits, k, dim=-1)
+    return TopLogprobs((chosen.float() - norm)[:, 0], rank, top_ids, values.float() - norm)
 
 
 @triton.jit

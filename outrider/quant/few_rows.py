@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from outrider.kernels.invariant import is_invariant
 from outrider.kernels.moe_few import ExpertWeights, NormWeights, SharedWeights, moe_few
 from outrider.kernels.moe_few_kernels import FEW_ROWS
 from outrider.quant.experts import Experts, Fp8Experts
@@ -31,8 +32,8 @@ class FewRowsMoE:
         )
 
     def takes(self, x: torch.Tensor) -> bool:
-        """Whether these rows are few enough; on a CPU the separate operations are as good."""
-        return x.is_cuda and x.shape[0] <= FEW_ROWS
+        """Whether these rows are few enough. On a CPU the separate operations are as good; only they are invariant."""
+        return x.is_cuda and x.shape[0] <= FEW_ROWS and not is_invariant()
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor, norm_weight: torch.Tensor, eps: float

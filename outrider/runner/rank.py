@@ -83,7 +83,7 @@ def load_rank(
     )
     clock.mark("device")
     if config.deterministic:
-        make_invariant()
+        make_invariant(resolved.device)
     model = load_model(
         model_config,
         config.model,

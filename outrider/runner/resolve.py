@@ -41,7 +41,7 @@ def resolve(config: EngineConfig, model: ModelConfig) -> Resolved:
     device = torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
     on_gpu = device.type == "cuda"
     if config.deterministic and on_gpu:
-        raise ConfigError("--deterministic works on a CPU only; drop it, or add --device cpu.")
+        _check_deterministic(config, model)
     dtype = _dtype(config, model, on_gpu)
     max_model_len = config.max_model_len or model.max_position_embeddings
     if max_model_len > model.max_position_embeddings:
@@ -66,6 +66,20 @@ def resolve(config: EngineConfig, model: ModelConfig) -> Resolved:
         max_model_len=max_model_len,
         prefill_share_tokens=share,
     )
+
+
+def _check_deterministic(config: EngineConfig, model: ModelConfig) -> None:
+    """What ``--deterministic`` does not cover on a GPU is refused."""
+    if config.tensor_parallel_size * config.pipeline_parallel_size > 1:
+        raise ConfigError(
+            "--deterministic works on one GPU; drop it, or --tensor-parallel-size and its like."
+        )
+    if model.quant is not None and model.quant.algo == "NVFP4":
+        raise ConfigError(
+            "--deterministic does not cover NVFP4 on a GPU; drop it, or take the FP8 checkpoint."
+        )
+    if model.vision is not None and not config.language_model_only:
+        raise ConfigError("--deterministic does not cover images on a GPU; add --language-model-only.")
 
 
 def _dtype(config: EngineConfig, model: ModelConfig, on_gpu: bool) -> torch.dtype:

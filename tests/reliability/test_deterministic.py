@@ -19,8 +19,9 @@ from tests.reliability.server import ROOT, TINY, scaled
 
 
 def outcome(model: str, count: int, deterministic: str) -> Any:
-    """What ``determinism.py`` printed."""
-    command = [sys.executable, "-m", "tests.reliability.determinism", model, str(count), deterministic]
+    """What ``benchmarks/determinism.py`` measures in the mode or without it."""
+    command = [sys.executable, "-m", "benchmarks.determinism", "--worker", deterministic, "--device", "cpu"]
+    command += ["--model", model, "--prompts", str(count)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -44,7 +45,14 @@ def test_the_test_can_fail() -> None:
 
 
 def test_refused_where_it_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a promise on a GPU that nobody has proved."""
+    """Guards against a promise on a GPU for what does not go through the invariant kernels."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ConfigError, match="--deterministic works on a CPU only"):
-        resolve.resolve(EngineConfig(deterministic=True), load_model_config(TINY))
+    model = load_model_config(TINY)
+    fields = {"deterministic": True, "language_model_only": True}
+    resolve.resolve(EngineConfig(**fields), model)
+    with pytest.raises(ConfigError, match="does not cover images"):
+        resolve.resolve(EngineConfig(deterministic=True), model)
+    with pytest.raises(ConfigError, match="works on one GPU"):
+        resolve.resolve(EngineConfig(**fields, tensor_parallel_size=2), model)
+    with pytest.raises(ConfigError, match="does not cover NVFP4"):
+        resolve.resolve(EngineConfig(**fields), load_model_config(TINY.with_name("nvfp4")))
