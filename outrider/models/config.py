@@ -53,6 +53,10 @@ class QuantConfig:
     ignore: tuple[str, ...] = ()
 
 
+MAX_LAYERS = 1024
+"""A config that names more lies: per-layer facts are listed before memory is checked."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Shapes and constants of a decoder; per-layer facts are tuples of ``num_layers`` entries.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from outrider.errors import ConfigError
-from outrider.models.config import ModelConfig, QuantConfig, RopeScaling, VisionConfig
+from outrider.models.config import MAX_LAYERS, ModelConfig, QuantConfig, RopeScaling, VisionConfig
 from outrider.models.gguf import load_gguf_config
 
 LLAMA4_ARCHITECTURES = ("Llama4ForConditionalGeneration", "Llama4ForCausalLM")
@@ -25,7 +25,16 @@ ARCHITECTURE_OF_TYPE = {
 }
 """For files that name no architecture."""
 QUANTIZATION_FLAGS = {"FP8": "modelopt", "NVFP4": "modelopt_fp4"}
-GENERATION_KEYS = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+GENERATION_RANGES = {
+    "do_sample": (0, 1),
+    "temperature": (0, 100),
+    "top_p": (0, 1),
+    "top_k": (-1, 2**31 - 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0.01, 100),
+    "max_new_tokens": (1, 2**31 - 1),
+}
+GENERATION_KEYS = tuple(name for name in GENERATION_RANGES if name != "max_new_tokens")
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
 
@@ -126,7 +135,7 @@ def _parse_llama4(
     generation: dict[str, Any],
     quant: QuantConfig | None,
 ) -> ModelConfig:
-    num_layers = int(text.get("num_hidden_layers", 48))
+    num_layers = _num_layers(text, 48)
     chunk = text.get("attention_chunk_size", 8192)
     theta, scaling = _parse_rope(text, default_theta=500000.0)
     return ModelConfig(
@@ -168,7 +177,7 @@ def _parse_llama(
 ) -> ModelConfig:
     if text.get("mlp_bias"):
         raise ConfigError("config.json asks for mlp_bias, which is not served: use a checkpoint without it.")
-    num_layers = int(text.get("num_hidden_layers", 32))
+    num_layers = _num_layers(text, 32)
     num_heads = int(text.get("num_attention_heads", 32))
     hidden_size = int(text.get("hidden_size", 4096))
     theta, scaling = _parse_rope(text, default_theta=10000.0)
@@ -214,8 +223,25 @@ def _common(
         "bos_token_id": _optional_int(generation.get("bos_token_id", text.get("bos_token_id"))),
         "eos_token_ids": _eos_ids(generation.get("eos_token_id"), text.get("eos_token_id")),
         "pad_token_id": _optional_int(generation.get("pad_token_id", text.get("pad_token_id"))),
-        "generation": {k: generation[k] for k in GENERATION_KEYS if generation.get(k) is not None},
+        "generation": generation_values({name: generation.get(name) for name in GENERATION_KEYS}),
     }
+
+
+def generation_values(raw: dict[str, Any]) -> dict[str, Any]:
+    """The sampling defaults among a ``generation_config.json``'s values; ``ConfigError`` for one out of its range."""
+    values = {name: raw[name] for name in GENERATION_RANGES if raw.get(name) is not None}
+    for name, value in values.items():
+        low, high = GENERATION_RANGES[name]
+        if not isinstance(value, int | float) or not low <= value <= high:
+            raise ConfigError(f"generation_config.json: {name} must be a number from {low} to {high}.")
+    return values
+
+
+def _num_layers(raw: dict[str, Any], default: int) -> int:
+    count = int(raw.get("num_hidden_layers", default))
+    if not 1 <= count <= MAX_LAYERS:
+        raise ConfigError(f"config.json: num_hidden_layers must be from 1 to {MAX_LAYERS}.")
+    return count
 
 
 def _rope_layers(text: dict[str, Any], num_layers: int) -> tuple[bool, ...]:
@@ -271,7 +297,7 @@ def _parse_vision(raw: dict[str, Any] | None) -> VisionConfig | None:
         raise ConfigError("vision_config asks for multi_modal_projector_bias, which is not served.")
     return VisionConfig(
         hidden_size=int(raw.get("hidden_size", 768)),
-        num_layers=int(raw.get("num_hidden_layers", 34)),
+        num_layers=_num_layers(raw, 34),
         num_heads=int(raw.get("num_attention_heads", 16)),
         intermediate_size=int(raw.get("intermediate_size", 5632)),
         image_size=int(raw.get("image_size", 448)),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from outrider.errors import ConfigError
-from outrider.models.config import ModelConfig
+from outrider.models.config import MAX_LAYERS, ModelConfig
 
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _STRING, _ARRAY = 8, 9
@@ -53,7 +53,15 @@ def read_gguf_header(path: str | Path) -> tuple[dict[str, Any], dict[str, GgufTe
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _HeaderReader(data).read()
-    except (OSError, struct.error, UnicodeDecodeError, KeyError, ValueError) as error:
+    except (
+        OSError,
+        struct.error,
+        LookupError,
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise ConfigError(f"{path} is not a readable GGUF file: {error}.") from error
 
 
@@ -130,6 +138,8 @@ class _HeaderReader:
 
 def _config_of(meta: dict[str, Any], tied: bool) -> ModelConfig:
     num_layers = int(meta["llama.block_count"])
+    if not 1 <= num_layers <= MAX_LAYERS:
+        raise ConfigError(f"llama.block_count of the GGUF file must be from 1 to {MAX_LAYERS}.")
     num_heads = int(meta["llama.attention.head_count"])
     hidden_size = int(meta["llama.embedding_length"])
     eos = meta.get("tokenizer.ggml.eos_token_id")

@@ -19,6 +19,7 @@ from outrider.config import EngineConfig, ServerConfig
 from outrider.engine.protocol import EngineClient
 from outrider.errors import ConfigError, NotFoundError, RequestError
 from outrider.models.config import ModelConfig
+from outrider.models.config_hf import generation_values
 from outrider.server.media import MediaLoader
 from outrider.server.metrics import Metrics
 from outrider.text.chat_template import ChatTemplate
@@ -125,4 +126,4 @@ def _read_generation_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"--generation-config: {file} cannot be read as JSON") from error
     if not isinstance(values, dict):
         raise ConfigError(f"--generation-config: {file} must hold a JSON object")
-    return values
+    return generation_values(values)

@@ -27,6 +27,9 @@ MAX_PIXELS = 50_000_000
 MAX_SIDE = 65_535
 """JPEG's own limit; the weights of a resize grow with the longer side."""
 
+MAX_TILES = 256
+"""Tiles of an image that a checkpoint may ask for."""
+
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _SERVED_SETTINGS = {"resize_to_max_canvas": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 _DECODE_FAILED = f"The image cannot be decoded; send a valid {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file."
@@ -96,7 +99,7 @@ class ImageProcessor:
                 )
         return cls(
             size=config.vision.image_size,
-            max_tiles=int(settings.get("max_patches", 16)),
+            max_tiles=_max_tiles(settings),
             patches_per_tile=config.vision.tokens_per_tile,
             tokens=ImageTokens(**{field: special_tokens[name] for field, name in names.items()}),
         )
@@ -238,10 +241,17 @@ def _normalised_bytes() -> npt.NDArray[np.uint16]:
     return (normalised.view(np.uint32) >> 16).astype("<u2")
 
 
+def _max_tiles(settings: dict[str, Any]) -> int:
+    count = settings.get("max_patches", 16)
+    if not isinstance(count, int) or not 1 <= count <= MAX_TILES:
+        raise ConfigError(f"preprocessor_config.json: max_patches must be a number from 1 to {MAX_TILES}.")
+    return count
+
+
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
     return settings if isinstance(settings, dict) else {}
 

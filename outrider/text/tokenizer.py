@@ -161,10 +161,12 @@ def special_pattern(special_tokens: Iterable[str]) -> str:
 
 
 def _token_text(value: object) -> str | None:
-    """Old tokenizer_config.json files write a token as ``{"content": ...}``."""
+    """Old tokenizer_config.json files write a token as ``{"content": ...}``; half a surrogate pair is no text."""
     if isinstance(value, dict):
         value = value.get("content")
-    return value if isinstance(value, str) else None
+    if not isinstance(value, str) or value != value.encode("utf-8", "ignore").decode():
+        return None
+    return value
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -172,7 +174,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a JSON object")
@@ -183,11 +185,14 @@ def _find_chat_template(path: Path, config: dict[str, Any]) -> str | None:
     """chat_template.jinja wins over tokenizer_config.json, which wins over the older chat_template.json."""
     file = path / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{file} is not UTF-8 text.") from error
     template = config.get("chat_template") or _read_json(path / "chat_template.json").get("chat_template")
     if isinstance(template, list):  # several named templates
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        template = next((entry.get("template") for entry in entries if entry.get("name") == "default"), None)
     return template if isinstance(template, str) else None
 
 

@@ -30,6 +30,7 @@ from outrider.kv_layout import KVLayout
 from outrider.models.config_hf import load_model_config
 from outrider.models.gguf import embedded_model_path, read_gguf_header
 from outrider.models.registry import open_weights
+from outrider.text.images import ImageProcessor
 from outrider.text.tokenizer import Tokenizer
 from outrider.types import Request, SamplingParams
 from tests.reliability.server import ROOT, SMALL, TINY, Server, scaled
@@ -291,6 +292,59 @@ def test_configs_are_fuzzed(copy: Path) -> None:
         (copy / "config.json").write_bytes(text)
         with pytest.raises(OutriderError):
             load_model_config(copy)
+
+
+COMPANIONS: dict[str, tuple[str, ...]] = {
+    "generation_config.json": (
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "eos_token_id",
+    ),
+    "hf_quant_config.json": ("quantization", "producer"),
+    "tokenizer_config.json": ("chat_template", "bos_token", "eos_token"),
+    "chat_template.json": ("chat_template",),
+    "preprocessor_config.json": ("max_patches", "size"),
+}
+
+
+@pytest.mark.parametrize("name", COMPANIONS)
+def test_companions_of_a_config_are_checked(copy: Path, name: str) -> None:
+    """Guards against a small file that ends the start, or every request, in a traceback instead of a sentence."""
+    special = Tokenizer.load(copy).special_tokens
+    (copy / "chat_template.jinja").unlink(missing_ok=True)
+    original = json.loads((copy / name).read_text()) if (copy / name).exists() else {}
+
+    def load() -> None:
+        try:
+            config = load_model_config(copy)
+            Tokenizer.load(copy)
+            ImageProcessor.load(copy, config, special)
+        except OutriderError as error:
+            assert len(str(error)) < 1000
+        else:
+            assert all(isinstance(value, int | float) for value in config.generation.values())
+
+    for key in COMPANIONS[name]:
+        for junk in (*JSON_JUNK, 10**400, float("nan"), "\ud800", [None], [{"name": 1}]):
+            (copy / name).write_text(json.dumps({**original, key: junk}))
+            load()
+    for raw in (b"", b"null", b"[]", b"\xff", b"[" * 100_000, b'{"a":' * 100_000):
+        (copy / name).write_bytes(raw)
+        load()
+
+
+def test_numbers_of_layers_are_bounded(copy: Path) -> None:
+    """Guards against a config whose per-layer lists fill the memory before anything else is checked."""
+    config = json.loads((copy / "config.json").read_text())
+    for part in (config["text_config"], config["vision_config"]):
+        kept, part["num_hidden_layers"] = part["num_hidden_layers"], 2**40
+        (copy / "config.json").write_text(json.dumps(config))
+        with pytest.raises(OutriderError, match="num_hidden_layers"):
+            load_model_config(copy)
+        part["num_hidden_layers"] = kept
 
 
 def test_safetensors_headers_are_bounded_and_fuzzed(tmp_path: Path) -> None:
