@@ -276,7 +276,7 @@ def main(argv: list[str]) -> int:
         server.process.wait(60)
     about = {
         "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python -m benchmarks.soak", *argv]),
+        "command": f"python -m benchmarks.soak --minutes {args.minutes:g} --clients {args.clients}",
         "serve": " ".join(server.flags),
         "cores": len(os.sched_getaffinity(0)),
     }

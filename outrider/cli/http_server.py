@@ -23,7 +23,8 @@ from outrider.config import ServerConfig
 
 # After the deadline: time for the final events to reach clients before their connections are cut.
 LAST_WORDS_S = 5.0
-KEEP_ALIVE_S = 5
+# Longer than clients keep idle connections (5 to 60 s): who closes first must not be closed upon while it sends.
+KEEP_ALIVE_S = 65
 
 # What the kernel may hold of an answer that nobody reads; inherited by every connection.
 SEND_BUFFER_BYTES = 256 << 10
