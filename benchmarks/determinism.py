@@ -166,13 +166,14 @@ def measured(args: argparse.Namespace, deterministic: str) -> dict[str, Any]:
 def main(argv: list[str]) -> int:
     """The command; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default=str(embedded_model_path()), help="default: the embedded model")
+    parser.add_argument("--model", help="default: the embedded model")
     parser.add_argument("--prompts", type=int, default=1000)
     parser.add_argument("--layers", type=int, default=0, help="so many layers, with dummy weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="write the result here as JSON")
     parser.add_argument("--worker", choices=("yes", "no"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    args.model = args.model or str(embedded_model_path())
     args.scale = LONGER_ON_GPU if args.device == "cuda" else 1
     if args.worker:
         if args.device == "cpu":  # small products on busy cores wait for each other

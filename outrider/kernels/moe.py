@@ -72,16 +72,15 @@ def moe_bf16(
     w13: torch.Tensor,
     w2: torch.Tensor,
     expert_range: tuple[int, int] | None = None,
-    addend: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Routed experts with unquantised weights: ``x[T, M] -> [T, M]``.
 
     ``w13`` [E, 2I, M] (gate rows first), ``w2`` [E, M, I]. ``expert_range`` = (first, count) names the experts
-    held here; the others contribute zero. ``addend`` [T, M] is added to the result and may be overwritten by it.
+    held here; the others contribute zero.
     """
     if not on_gpu(x):
-        return _plus(moe_bf16_reference(x, expert_ids, scores, w13, w2, expert_range), addend)
-    return moe_bf16_triton(x, expert_ids, scores, w13, w2, expert_range, addend=addend)
+        return moe_bf16_reference(x, expert_ids, scores, w13, w2, expert_range)
+    return moe_bf16_triton(x, expert_ids, scores, w13, w2, expert_range)
 
 
 def moe_fp8(
@@ -95,7 +94,6 @@ def moe_fp8(
     a13_scale: torch.Tensor,
     a2_scale: torch.Tensor,
     expert_range: tuple[int, int] | None = None,
-    addend: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Routed experts in static FP8: as ``moe_bf16`` with e4m3 weights.
 
@@ -104,8 +102,8 @@ def moe_fp8(
     """
     arguments = (x, expert_ids, scores, w13, w2, w13_scale, w2_scale, a13_scale, a2_scale, expert_range)
     if not on_gpu(x):
-        return _plus(moe_fp8_reference(*arguments), addend)
-    return moe_fp8_triton(*arguments, addend=addend)
+        return moe_fp8_reference(*arguments)
+    return moe_fp8_triton(*arguments)
 
 
 def moe_nvfp4(
@@ -140,14 +138,13 @@ def moe_bf16_triton(
     w2: torch.Tensor,
     expert_range: tuple[int, int] | None = None,
     tiles: tuple[Tile, Tile] | None = None,
-    addend: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``moe_bf16`` as three Triton launches; ``tiles`` overrides the table."""
     experts = expert_range or (0, w13.shape[0])
     up_tile, down_tile = tiles or choose_tiles(BF16_TILES, expert_ids.numel(), experts[1])
     rows = gather_rows_triton(x, expert_ids, scores, experts, PLAIN)
     hidden = gate_up_triton(rows, w13, None, None, x.dtype, up_tile)
-    return _down(hidden, w2, None, down_tile, x, expert_ids, expert_range, addend)
+    return _down(hidden, w2, None, down_tile, x, expert_ids, expert_range)
 
 
 def moe_fp8_triton(
@@ -162,14 +159,13 @@ def moe_fp8_triton(
     a2_scale: torch.Tensor,
     expert_range: tuple[int, int] | None = None,
     tiles: tuple[Tile, Tile] | None = None,
-    addend: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``moe_fp8`` as three Triton launches; ``tiles`` overrides the table."""
     experts = expert_range or (0, w13.shape[0])
     up_tile, down_tile = tiles or choose_tiles(FP8_TILES, expert_ids.numel(), experts[1])
     rows = gather_rows_triton(x, expert_ids, scores, experts, STATIC_FP8, a13_scale)
     hidden = gate_up_triton(rows, w13, w13_scale, a2_scale, x.dtype, up_tile)
-    return _down(hidden, w2, w2_scale, down_tile, x, expert_ids, expert_range, addend)
+    return _down(hidden, w2, w2_scale, down_tile, x, expert_ids, expert_range)
 
 
 def _down(
@@ -180,15 +176,11 @@ def _down(
     x: torch.Tensor,
     expert_ids: torch.Tensor,
     expert_range: tuple[int, int] | None,
-    addend: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The second product in token order, plus ``addend``: inside the kernel where a token has one expert."""
-    if addend is not None and expert_ids.shape[1] == 1:
-        down_triton(hidden, w2, w2_scale, addend, tile, accumulate=True)
-        return addend
+    """The second product in token order."""
     out = output_rows(x, expert_ids, expert_range)
     down_triton(hidden, w2, w2_scale, out, tile)
-    return _plus(combine_choices(out, expert_ids.shape[1]), addend)
+    return combine_choices(out, expert_ids.shape[1])
 
 
 def moe_nvfp4_triton(
@@ -212,7 +204,7 @@ def moe_nvfp4_triton(
     hidden = gate_up_triton(rows, weight, None, None, x.dtype, up_tile)
     del weight
     weight = dequantize_nvfp4_triton(w2, w2_block_scale, w2_global_scale, x.dtype)
-    return _down(hidden, weight, None, down_tile, x, expert_ids, expert_range, None)
+    return _down(hidden, weight, None, down_tile, x, expert_ids, expert_range)
 
 
 def choose_tiles(
@@ -229,10 +221,6 @@ def output_rows(
     """One output row per (token, choice); zeros where a choice may belong to another rank."""
     make = torch.empty if expert_range is None else torch.zeros
     return make((expert_ids.numel(), x.shape[1]), dtype=x.dtype, device=x.device)
-
-
-def _plus(out: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:
-    return out if addend is None else addend.add_(out)
 
 
 def combine_choices(rows: torch.Tensor, top_k: int) -> torch.Tensor:

@@ -150,7 +150,6 @@ def _down_kernel(
     FP8: tl.constexpr,
     X_SCALE_STRIDE: tl.constexpr,
     SPLIT_K: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -201,11 +200,7 @@ def _down_kernel(
                     acc = acc * (tl.load(x_scale_ptr) * tl.load(w_scale_ptr + expert))
             places = tl.load(index_ptr + rows, mask=rows < end, other=0)
             out_ptrs = out_ptr + places[:, None].to(tl.int64) * hidden + columns[None, :]
-            product = acc.to(out_ptr.dtype.element_ty)
-            if ACCUMULATE:
-                old = tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
-                product = (old + product.to(tl.float32)).to(out_ptr.dtype.element_ty)
-            tl.store(out_ptrs, product, mask=mask)
+            tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def gate_up_triton(
@@ -255,9 +250,8 @@ def down_triton(
     w2_scale: torch.Tensor | None,
     out: torch.Tensor,
     tile: Tile,
-    accumulate: bool = False,
 ) -> None:
-    """``x · w2ᵀ`` of the grouped rows, written (or added) to row ``index[r]`` of ``out`` [tokens · k, M]."""
+    """``x · w2ᵀ`` of the grouped rows, written to row ``index[r]`` of ``out`` [tokens · k, M]."""
     num_experts, hidden, depth = w2.shape
     units = max_tiles(rows.num_rows, num_experts, tile.rows) * ceil_div(hidden, tile.outputs) * tile.split_k
     programs = _num_programs(units, tile, w2.device)
@@ -283,7 +277,6 @@ def down_triton(
         FP8=w2_scale is not None,
         X_SCALE_STRIDE=int(rows.scale is not None and rows.scale.numel() > 1),
         SPLIT_K=tile.split_k,
-        ACCUMULATE=accumulate,
         ROWS=tile.rows,
         OUTPUTS=tile.outputs,
         DEPTH=tile.depth,
@@ -333,7 +326,7 @@ def _aot_spec(kernel, fp8: bool, tile: Tile):
     else:
         signature |= {"partial_ptr": "*fp32", "arrivals_ptr": "*i32", "index_ptr": "*i32"}
         signature |= {"hidden": "i32", "num_rows": "i32"}
-        constants |= {"SPLIT_K": tile.split_k, "ACCUMULATE": fp8}
+        constants |= {"SPLIT_K": tile.split_k}
     return kernel, signature, constants, {"num_warps": tile.warps, "num_stages": tile.stages}
 
 

@@ -52,9 +52,8 @@ class Experts(Protocol):
         x: torch.Tensor,
         expert_ids: torch.Tensor,
         scores: torch.Tensor,
-        addend: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``expert_ids`` int32 and ``scores`` f32, both ``[T, k]``; ``addend[T, M]`` is added, perhaps in place."""
+        """``expert_ids`` int32 and ``scores`` f32, both ``[T, k]``; the result is new memory."""
 
 
 def build_experts(builder: WeightBuilder, name: str, shape: ExpertShape) -> Experts:
@@ -170,10 +169,9 @@ class PlainExperts:
         x: torch.Tensor,
         expert_ids: torch.Tensor,
         scores: torch.Tensor,
-        addend: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See ``Experts``."""
-        return moe_bf16(x, expert_ids, scores, self.w13, self.w2, self.expert_range, addend=addend)
+        return moe_bf16(x, expert_ids, scores, self.w13, self.w2, self.expert_range)
 
 
 class Fp8Experts:
@@ -201,7 +199,6 @@ class Fp8Experts:
         x: torch.Tensor,
         expert_ids: torch.Tensor,
         scores: torch.Tensor,
-        addend: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See ``Experts``."""
         w13_scale, w2_scale = self.weight_scales[0], self.weight_scales[1]
@@ -217,7 +214,6 @@ class Fp8Experts:
             a13_scale,
             a2_scale,
             self.expert_range,
-            addend=addend,
         )
 
 
@@ -275,11 +271,10 @@ class Nvfp4Experts:
         x: torch.Tensor,
         expert_ids: torch.Tensor,
         scores: torch.Tensor,
-        addend: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See ``Experts``."""
         if self.fp4 is not None:
-            return _plus(moe_w4a4(x, expert_ids, scores, *self.fp4, self.expert_range), addend)
+            return moe_w4a4(x, expert_ids, scores, *self.fp4, self.expert_range)
         op = moe_nvfp4_repacked if self.repacked else moe_nvfp4
         out: torch.Tensor = op(
             x, expert_ids, scores,
@@ -287,17 +282,13 @@ class Nvfp4Experts:
             self.w2, self.w2_block_scale, self.scales[1],
             self.expert_range,
         )  # fmt: skip
-        return _plus(out, addend)
+        return out
 
 
 @functools.cache
 def _warn_of_shape(shape: tuple[int, ...]) -> None:
     """Say once a shape that experts do not divide into the tiles of the fast path."""
     logger.warning("NVFP4 experts of packed shape %s are decoded before each product, which is slow.", shape)
-
-
-def _plus(out: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:
-    return out if addend is None else addend.add_(out)
 
 
 _EXPERTS: dict[Format, type[PlainExperts] | type[Fp8Experts] | type[Nvfp4Experts]] = {

@@ -117,10 +117,8 @@ def _renormalised(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch
     return ids, scores / scores.sum(-1, keepdim=True)
 
 
-def _score_on_output(
-    x: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor, *weights: Any, addend: torch.Tensor
-) -> torch.Tensor:
-    return addend + scores * moe_ops.moe_bf16(x, ids, torch.ones_like(scores), *weights)
+def _score_on_output(x: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor, *weights: Any) -> torch.Tensor:
+    return scores * moe_ops.moe_bf16(x, ids, torch.ones_like(scores), *weights)
 
 
 def _up_first(
@@ -129,9 +127,8 @@ def _up_first(
     scores: torch.Tensor,
     w13: torch.Tensor,
     *rest: Any,
-    addend: torch.Tensor,
 ) -> torch.Tensor:
-    return moe_ops.moe_bf16(x, ids, scores, torch.cat(w13.chunk(2, dim=1)[::-1], dim=1), *rest, addend)
+    return moe_ops.moe_bf16(x, ids, scores, torch.cat(w13.chunk(2, dim=1)[::-1], dim=1), *rest)
 
 
 def _no_shared_expert(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,10 +215,8 @@ def _merged_scales(x: Any, w: Any, x_scale: Any, w_scale: torch.Tensor, dtype: t
     return linear_fp8(x, w, x_scale, w_scale.max().expand_as(w_scale), dtype)
 
 
-def _scale_after_quantising(
-    x: torch.Tensor, ids: Any, scores: torch.Tensor, *rest: Any, addend: torch.Tensor
-) -> torch.Tensor:
-    return addend + scores * moe_ops.moe_fp8(x, ids, torch.ones_like(scores), *rest)
+def _scale_after_quantising(x: torch.Tensor, ids: Any, scores: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return scores * moe_ops.moe_fp8(x, ids, torch.ones_like(scores), *rest)
 
 
 def _high_nibble_first(x: torch.Tensor, packed: torch.Tensor, *scales: torch.Tensor) -> torch.Tensor:
