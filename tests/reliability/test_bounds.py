@@ -64,7 +64,7 @@ def test_overload_does_not_slow_the_accepted(bounded: Server) -> None:
             start = time.monotonic()
             async with client.stream("POST", "/v1/completions", json=body) as response:
                 if response.status_code == 503:
-                    await asyncio.sleep(0.5)
+                    await asyncio.sleep(float(response.headers["Retry-After"]))
                     continue
                 is_first = True
                 async for line in response.aiter_lines():
@@ -82,7 +82,9 @@ def test_overload_does_not_slow_the_accepted(bounded: Server) -> None:
 
     seconds = scaled(6, 600)
     at_one = asyncio.run(load(8, seconds))  # four running, four waiting: saturation
+    before = bounded.metric("process_resident_memory_bytes")
     at_ten = asyncio.run(load(80, seconds))
+    assert bounded.metric("process_resident_memory_bytes") - before < 50e6
     assert len(at_ten) > len(at_one) / 2, "throughput survives"
     p99_one, p99_ten = (values[int(len(values) * 0.99) - 1] for values in (at_one, at_ten))
     assert p99_ten < 2 * p99_one + 0.5, (p99_one, p99_ten)
