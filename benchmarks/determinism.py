@@ -186,7 +186,7 @@ def main(argv: list[str]) -> int:
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU, one core",
-        "model": Path(args.model).name,
+        "model": "/".join(Path(args.model).parts[-2:]),
         "layers": args.layers or "all",
         "prompts": args.prompts,
         "deterministic": measured(args, "yes"),
