@@ -1,0 +1,147 @@
+"""Scheduling policies side by side, without a GPU: the real scheduler, timed by what steps cost on an H200.
+
+    python -m benchmarks.policies [--out FILE] [--requests 512] [--shares 512,1024,8192]
+
+Runs the recipe's load (1,024 in, 1,024 out, 512 at once) through ``engine.scheduler`` and adds up a cost model of its
+steps: for each share of prompt tokens beside decodes, with starts spread over time and with starts as early as memory
+allows. Prints output tokens/s, the steps, and the median and P99 time between two tokens of a stream.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from outrider.engine.admission import Pacer
+from outrider.engine.kv_manager import KVManager
+from outrider.engine.plan import Plan
+from outrider.engine.scheduler import Limits, Scheduler
+from outrider.kv_layout import plan_layout
+from outrider.types import Request, SamplingParams, StepResult
+
+LAYERS, HEADS, HEAD_DIM, BLOCK = 48, 40, 128, 64
+INPUT, OUTPUT, CONCURRENCY, MAX_TOKENS = 1024, 1024, 512, 8192
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Seconds of a step of full-size Scout. ``tokens`` and ``layer_us``: a layer without attention, by tokens."""
+
+    capacity_tokens: int
+    tokens: tuple[int, ...]
+    layer_us: tuple[float, ...]
+
+    def seconds(self, contexts: list[int], prompts: list[tuple[int, int]]) -> float:
+        """``contexts`` of the decodes and ``(start, count)`` of the prompt pieces in the step."""
+        num_tokens = len(contexts) + sum(count for _, count in prompts)
+        layer = float(np.interp(num_tokens, self.tokens, self.layer_us))
+        layer += sum(contexts) * 2048 / DECODE_BYTES_PER_US + 5 * bool(contexts)
+        for start, count in prompts:
+            layer += 20 + count * (start + count / 2) * HEADS * HEAD_DIM * 4 / PREFILL_FLOP_PER_US
+        return (LAYERS * layer + 800 + 1.5 * len(contexts)) / 1e6
+
+
+DECODE_BYTES_PER_US, PREFILL_FLOP_PER_US = 3.65e6, 580e6
+COSTS = {
+    "FP8": StepCost(
+        379_000,
+        (1, 8, 16, 64, 170, 234, 576, 682, 1024, 8192),
+        (105, 250, 330, 560, 585, 620, 750, 780, 930, 4100),
+    ),
+    "NVFP4": StepCost(
+        802_000,
+        (1, 8, 64, 128, 256, 400, 448, 512, 912, 1024, 1424, 8192),
+        (125, 230, 400, 420, 490, 600, 640, 660, 900, 980, 1390, 4700),
+    ),
+}
+"""H200, 2026-11-26, from steps of the engine at these sizes (benchmarks/results/trials_h200.txt)."""
+
+
+class Eager(Pacer):
+    """Starts that wait for nothing but memory."""
+
+    @property
+    def may_start(self) -> bool:
+        """Always."""
+        return True
+
+
+def run(cost: StepCost, share: int, spread: bool, num_requests: int) -> dict[str, Any]:
+    """The figures of one policy."""
+    kv = KVManager(
+        plan_layout((True,) * LAYERS, None, MAX_TOKENS, BLOCK), cost.capacity_tokens // BLOCK, False
+    )
+    scheduler = Scheduler(kv, Limits(CONCURRENCY, MAX_TOKENS, share))
+    if not spread:
+        scheduler._pacer = Eager(kv.pool.capacity)
+    params = SamplingParams(max_tokens=OUTPUT, temperature=0.0, ignore_eos=True)
+    num_sent, seconds, steps = 0, 0.0, 0
+    gaps: list[tuple[float, int]] = []
+    while scheduler.has_work or num_sent < num_requests:
+        while len(scheduler._by_id) < CONCURRENCY and num_sent < num_requests:
+            scheduler.add(Request(request_id=f"r{num_sent}", prompt_token_ids=[1] * INPUT, sampling=params))
+            num_sent += 1
+        plan = scheduler.schedule()
+        assert plan is not None
+        contexts, prompts = split(plan)
+        step_s = cost.seconds(contexts, prompts)
+        seconds, steps = seconds + step_s, steps + 1
+        gaps.append((step_s, len(contexts)))
+        num_samples = sum(piece.samples for piece in plan.step.slices)
+        scheduler.commit(plan, StepResult(plan.step.step_id, [5] * num_samples, [None] * num_samples, {}))
+    of_streams = np.repeat([gap for gap, _ in gaps], [count for _, count in gaps]) * 1e3
+    return {
+        "share": share,
+        "starts": "spread" if spread else "as early as memory allows",
+        "output_tok_s": round(num_requests * OUTPUT / seconds),
+        "steps": steps,
+        "median_itl_ms": round(float(np.median(of_streams)), 1),
+        "p99_itl_ms": round(float(np.percentile(of_streams, 99)), 1),
+        "preemptions": scheduler.stats.preemptions,
+    }
+
+
+def split(plan: Plan) -> tuple[list[int], list[tuple[int, int]]]:
+    """Contexts of the plan's decodes, and its pieces of prompts."""
+    contexts, prompts = [], []
+    for seq, piece in zip(plan.sequences, plan.step.slices, strict=True):
+        if piece.start >= seq.prompt_len:
+            contexts.append(piece.start)
+        else:
+            prompts.append((piece.start, piece.num_tokens))
+    return contexts, prompts
+
+
+def main() -> None:
+    """Every policy on both checkpoints."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--requests", type=int, default=512)
+    parser.add_argument("--shares", default="512,1024,8192")
+    args = parser.parse_args()
+    result: dict[str, Any] = {
+        "command": f"python -m benchmarks.policies --requests {args.requests} --shares {args.shares}",
+        "date": time.strftime("%Y-%m-%d"),
+        "what": "the real scheduler, timed by a cost model of steps on an H200; no GPU in this run",
+    }
+    for name, cost in COSTS.items():
+        result[name] = []
+        for share in (int(text) for text in args.shares.split(",")):
+            for spread in (True, False):
+                row = run(cost, share, spread, args.requests)
+                result[name].append(row)
+                print(name, row, flush=True)
+    if args.out is not None:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
