@@ -19,6 +19,10 @@ RELEASE_LAG = 2
 """Steps between the plan of a sequence's last token and the return of its blocks: what is in flight is not free."""
 
 
+REGULAR = 0.2
+"""Standard deviation of output lengths, over their mean, below which requests that start together end together."""
+
+
 class OutputEstimator:
     """Expected output length of a request, learned from the finished ones.
 
@@ -30,20 +34,38 @@ class OutputEstimator:
         self._mean = initial_tokens
         self._var = 0.0
         self._weight = weight
+        self._num_seen = 0
 
     def observe(self, num_outputs: int) -> None:
         """A request ended by itself after ``num_outputs`` tokens."""
+        self._num_seen += 1
         delta = num_outputs - self._mean
         self._mean += self._weight * delta
         self._var = (1 - self._weight) * (self._var + self._weight * delta * delta)
 
     def expected_total(self, seq: Sequence) -> int:
         """Tokens (prompt and output) that the sequence is expected to reach; never below what it has."""
-        sampling = seq.request.sampling
-        if sampling.ignore_eos and not sampling.stop and not sampling.stop_token_ids:
-            return seq.prompt_len + sampling.max_tokens
-        expected = max(self._mean + self._var**0.5, sampling.min_tokens, seq.num_outputs * 1.25 + 1)
-        return seq.prompt_len + min(sampling.max_tokens, int(expected))
+        least = max(seq.request.sampling.min_tokens, seq.num_outputs * 1.25 + 1)
+        return seq.prompt_len + self._bounded(seq, max(self._mean + self._var**0.5, least))
+
+    def mean_outputs(self, seq: Sequence) -> int:
+        """Tokens that sequences like it generate on average."""
+        return self._bounded(seq, max(self._mean, seq.request.sampling.min_tokens))
+
+    def is_regular(self, seq: Sequence) -> bool:
+        """Whether its length is known, or those before it were so alike that it is as good as known."""
+        has_learned = self._num_seen * self._weight > 1
+        return _is_exact(seq) or (has_learned and self._var**0.5 < REGULAR * self._mean)
+
+    def _bounded(self, seq: Sequence, guess: float) -> int:
+        max_tokens = seq.request.sampling.max_tokens
+        return max_tokens if _is_exact(seq) else min(max_tokens, int(guess))
+
+
+def _is_exact(seq: Sequence) -> bool:
+    """Whether no token can end the sequence before ``max_tokens``."""
+    sampling = seq.request.sampling
+    return sampling.ignore_eos and not sampling.stop and not sampling.stop_token_ids
 
 
 def peak_blocks(current: np.ndarray, final: np.ndarray, layout: KVLayout) -> int:
@@ -93,9 +115,9 @@ def fits(
 
 
 class Pacer:
-    """Spreads the starts of requests while more of them are live than fit together.
+    """Spreads the starts of requests of like length while more of them are live than fit together.
 
-    Requests that start together end together, and until then the room kept for their common end is idle: a quarter
+    Such requests, started together, end together, and until then the room kept for their common end is idle: a quarter
     of the pool, for answers as long as their prompts. Spread evenly they fill the pool all the time. A request holds
     its blocks for a number of steps, an area of blocks x steps, and every step the pool offers ``capacity`` of it; a
     start is paid with its area and waits until the last one is paid off (Little's law: rate = capacity / area).
@@ -114,8 +136,11 @@ class Pacer:
         """Whether the starts so far are paid off."""
         return self._balance > 0
 
-    def pay(self, num_blocks: int, num_steps: int) -> None:
-        """A request starts that is to hold ``num_blocks``, averaged over its ``num_steps``."""
-        area = num_blocks * num_steps
+    def pay(self, area: int) -> None:
+        """A request starts that is expected to take ``area``, blocks times steps."""
         self._balance -= area
         self._most = max(self._capacity, area)
+
+    def refund(self, area: int) -> None:
+        """A request ended with ``area`` left of what it paid (negative: it took more)."""
+        self._balance = min(self._most, self._balance + area)

@@ -160,7 +160,7 @@ class Scheduler:
         return budget
 
     def _admit(self, draft: PlanDraft, budget: int) -> None:
-        """Start waiting sequences, in order, while rows, tokens, the expected blocks and the pace allow."""
+        """Start waiting sequences, in order, while rows, tokens, expected blocks and the pace allow."""
         self._pacer.next_step()
         while self._waiting and budget > 0 and self._free_rows:
             seq = self._waiting[0]
@@ -183,22 +183,26 @@ class Scheduler:
             budget -= count
 
     def _may_start(self, seq: Sequence) -> bool:
-        """Whether there will be room for it; in a crowd also whether its turn has come, unless it only resumes."""
+        """Whether there will be room for it; where waves would form also whether its turn has come."""
         capacity = self.kv.pool.capacity
-        if self._demand > capacity and seq.num_outputs == 0 and not self._pacer.may_start:
-            return False
-        return fits(self._running, seq, self.estimator, self.kv.layout, capacity)
+        in_waves = self._demand > capacity and not seq.num_outputs and self.estimator.is_regular(seq)
+        is_its_turn = self._pacer.may_start or not in_waves
+        return is_its_turn and fits(self._running, seq, self.estimator, self.kv.layout, capacity)
 
     def _start(self, seq: Sequence) -> None:
         seq.status = SequenceStatus.RUNNING
-        num_outputs = self.estimator.expected_total(seq) - seq.prompt_len
-        num_steps = num_outputs + seq.prompt_len // self.limits.prefill_share_tokens
-        self._pacer.pay(self.kv.num_blocks_for(seq.prompt_len + num_outputs // 2), num_steps)
         bisect.insort(self._running, seq, key=lambda s: s.order)
         if seq.num_outputs == 0:
+            seq.paid = self._area(seq, self.estimator.mean_outputs(seq))
+            self._pacer.pay(seq.paid)
             seq.num_cached = seq.num_computed
             self.stats.prefix_query_tokens += seq.prompt_len
             self.stats.cached_prompt_tokens += seq.num_cached
+
+    def _area(self, seq: Sequence, num_outputs: int) -> int:
+        """Blocks that the sequence holds on average, times its steps, if it generates so many tokens."""
+        num_steps = num_outputs + seq.prompt_len // self.limits.prefill_share_tokens
+        return self.kv.num_blocks_for(seq.prompt_len + num_outputs // 2) * num_steps
 
     def _can_plan(self, seq: Sequence) -> bool:
         """Whether the next slice can be decided without the tokens that are still in flight."""
@@ -364,6 +368,8 @@ class Scheduler:
             self._running.remove(seq)
         if reason in (FINISH_STOP, FINISH_LENGTH):
             self.estimator.observe(seq.num_read)
+        if seq.paid:
+            self._pacer.refund(seq.paid - self._area(seq, seq.num_outputs))
         seq.status = SequenceStatus.FINISHED
 
     def _release(self, seq: Sequence) -> None:

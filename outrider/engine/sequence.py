@@ -45,6 +45,7 @@ class Sequence:
     block_tables: list[list[int]] = field(init=False)
     status: SequenceStatus = SequenceStatus.WAITING
     demand: int = 0  # blocks that it was expected to hold at its end when it came
+    paid: int = 0  # blocks times steps that its start was paid with
     row: int = -1
     num_computed: int = 0
     num_pending: int = 0
