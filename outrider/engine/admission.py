@@ -18,7 +18,6 @@ from outrider.kv_layout import KVLayout
 RELEASE_LAG = 2
 """Steps between the plan of a sequence's last token and the return of its blocks: what is in flight is not free."""
 
-
 REGULAR = 0.2
 """Standard deviation of output lengths, over their mean, below which requests that start together end together."""
 

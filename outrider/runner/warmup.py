@@ -44,7 +44,8 @@ def compile_kernels(model: Decoder, config: ModelConfig, resolved: Resolved) -> 
         hidden = _prefill(model, config, resolved, kv, num_tokens)
         while (num_tokens := num_tokens // 2) > PREFILL_TOKENS[-1]:  # tiles follow the number of rows
             _prefill(model, config, resolved, kv, num_tokens)
-        graphs.run_start_shapes(resolved.prefill_share_tokens)
+        if model.parallel.pp_size == 1:
+            graphs.run_start_shapes(resolved.prefill_share_tokens)
         if model.parallel.is_last_stage:
             for rows in (1, 32, 64):
                 logits = model.logits(hidden[:rows])
