@@ -29,6 +29,7 @@ STREAM_TILES = (
 
 2026-11-23: 512 tokens 402 us (32-row tiles 480), 1,024 tokens 584 us (128-row tiles 693), 2,048 tokens 989 us (decoded
 to memory first 1,482), 4,096 tokens 1,638 us (1,825), 8,192 tokens decoded 2,687 us: kernels_nvfp4_h200.json.
+2026-11-26: 384 tokens 339 us (64-row tiles 405), 1,536 tokens 717 us (64-row tiles 780): trials_h200.txt.
 """
 
 
