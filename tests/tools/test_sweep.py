@@ -126,7 +126,7 @@ def test_whole_sweep(monkeypatch: pytest.MonkeyPatch, shared: Path, tmp_path: Pa
 
 
 def test_time_limit_and_full_cache(monkeypatch: pytest.MonkeyPatch, shared: Path, tmp_path: Path) -> None:
-    """Guards the lent minutes: past the limit nothing begins and the files still say what was left out."""
+    """Guards a job with a time limit: past it nothing begins and the files still say what was left out."""
     result = _run(monkeypatch, shared, tmp_path / "late.json", "--time-limit", "0")
     assert result["points"] == [] and len(result["skipped"]) == 6
     few = _run(
