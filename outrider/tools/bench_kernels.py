@@ -19,7 +19,7 @@ from typing import Any
 
 from outrider.errors import ConfigError
 
-SUITES = ("elementwise", "gemm", "attention", "moe", "nvfp4", "sampling", "step")
+SUITES = ("elementwise", "gemm", "attention", "moe", "nvfp4", "sampling", "step", "few")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
