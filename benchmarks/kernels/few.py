@@ -99,14 +99,14 @@ def use_dense(tile: SkinnyTile | GemvTile) -> None:
 def use_up(value: tuple[Tile, int]) -> None:
     """The experts' first products and what they prefetch."""
     tile, moe_few.GATE_UP_PREFETCH = value
-    moe_few.FEW_TILES = ((16, tile, moe_few.FEW_TILES[0][2]),)
+    moe_few.FEW_TILES = (tile, moe_few.FEW_TILES[1])
 
 
 def use_down(tile: Tile | GemvTile) -> None:
     """The experts' second products."""
     moe_few.DOWN_ONE_TILE = tile if isinstance(tile, GemvTile) else None
     if isinstance(tile, Tile):
-        moe_few.FEW_TILES = ((16, moe_few.FEW_TILES[0][1], tile),)
+        moe_few.FEW_TILES = (moe_few.FEW_TILES[0], tile)
 
 
 def use_decode(tile: DecodeTile) -> None:
@@ -139,12 +139,11 @@ def shipped() -> dict[str, Any]:
     }
 
 
-def start_from_tables(tokens: int, tables: dict[str, Any]) -> None:
-    """Put the shipped constants for this size in force."""
+def start_from_tables(tables: dict[str, Any]) -> None:
+    """Put the shipped constants in force."""
     gemm.GEMV_TILE, moe_few.DOWN_ONE_TILE = tables["gemv"], tables["down_one"]
     gemm.SKINNY_TILES[torch.float8_e4m3fn] = tables["skinny"]
-    up, down = next((up, down) for most, up, down in tables["few"] if tokens <= most)
-    moe_few.FEW_TILES, moe_few.GATE_UP_PREFETCH = ((16, up, down),), tables["prefetch"]
+    moe_few.FEW_TILES, moe_few.GATE_UP_PREFETCH = tables["few"], tables["prefetch"]
     attention_decode.SMALL_STEP_TILES = tables["decode"]
     overlap.OVERLAP_ROWS, overlap.EARLY = tables["overlap"]
 
@@ -156,7 +155,7 @@ def compile_share(share: int) -> None:
     scout = Scout(SCOUT, torch.device("cuda"), max_seqs=max(TOKENS))
     work = [(tokens, knob, value) for tokens in TOKENS for knob in knobs(tokens) for value in knob.values]
     for tokens, knob, value in work[share::COMPILERS]:
-        start_from_tables(tokens, tables)
+        start_from_tables(tables)
         knob.use(value)
         try:
             scout.forward(scout.batch(tokens, 0))
@@ -187,7 +186,7 @@ def main() -> None:
     tables = shipped()
     for tokens in TOKENS:
         case = f"layer T={tokens}"
-        start_from_tables(tokens, tables)
+        start_from_tables(tables)
         batches = [scout.batch(tokens, 0) for _ in range(BATCHES)]
         checks = [(batch, reference(scout, batch)) for batch in batches]
 
@@ -217,7 +216,7 @@ def main() -> None:
                 times.append(measure(f"{knob.name} {value}"))
             if min(times) < float("inf"):
                 chosen[knob.name] = knob.values[times.index(min(times))]
-            start_from_tables(tokens, tables)
+            start_from_tables(tables)
             for done in knobs(tokens):
                 if done.name in chosen:
                     done.use(chosen[done.name])

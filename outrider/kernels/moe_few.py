@@ -159,9 +159,9 @@ def moe_few_triton(
     shared: SharedWeights,
     tiles: tuple[Tile, Tile] | None = None,
 ) -> torch.Tensor:
-    """``moe_few`` as three Triton launches; ``tiles`` overrides the table."""
+    """``moe_few`` as three Triton launches; ``tiles`` overrides ``FEW_TILES``."""
     num_tokens = x.shape[0]
-    up_tile, down_tile = tiles or next((up, down) for most, up, down in FEW_TILES if num_tokens <= most)
+    up_tile, down_tile = tiles or FEW_TILES
     rows = norm_route_triton(x, residual, norm, router, experts, shared)
     hidden, shared_hidden = few_gate_up_triton(rows, experts, shared, x, up_tile)
     depths = (experts.w2.shape[2], shared.down.shape[1])

@@ -16,17 +16,13 @@ from outrider.kernels.quantize import to_fp8
 FEW_ROWS = 16
 """Rows of the only row tile: the narrowest that the tensor cores take."""
 
-FEW_TILES = (
-    (1, Tile(16, 64, 256, True, 3, 4), Tile(16, 64, 256, True, 5, 4, split_k=2)),
-    (FEW_ROWS, Tile(16, 64, 256, True, 3, 4), Tile(16, 64, 256, True, 5, 4, split_k=2)),
-)
-"""(most tokens, gate-up tile, down tile).
+FEW_TILES = Tile(16, 64, 256, True, 3, 4), Tile(16, 64, 256, True, 5, 4, split_k=2)
+"""(gate-up tile, down tile).
 
 H200, 2026-11-26, a whole layer: gate-up of depth 256 instead of 128 106.6 / 108.1 us at one token, 184.8 / 188.1 at 4,
 379.6 / 384.0 at 16; two splits of the down product instead of one or three 185.0 / 188.3 / 186.4 at 4:
 benchmarks/results/kernels_few_h200.json
 """
-
 
 GATE_UP_PREFETCH = 0
 """Bytes of each row of the shared expert's gate and up that come into the L2 cache before the rows are routed."""
@@ -293,6 +289,6 @@ def _aot_specs(up: Tile, down: Tile, prefetch: int):
 
 
 AOT_SPECS = [
-    *_aot_specs(*FEW_TILES[0][1:], prefetch=0),
-    *_aot_specs(*FEW_TILES[1][1:], prefetch=512),
+    *_aot_specs(*FEW_TILES, prefetch=0),
+    *_aot_specs(*FEW_TILES, prefetch=512),
 ]
