@@ -7,8 +7,8 @@ with a prefix cache, with a cache so small that requests are preempted, and in t
 log-probabilities (three alternatives) are compared bit by bit; half of the prompts are sampled. The same is done
 without the flag, which shows what the comparison can see and what the mode costs. Exits 1 when a bit differs.
 
-``--layers`` makes a shallow copy of the model's config with dummy weights: no weights are read. On a GPU prompts are
-eight times as long, images are left out, and CUDA graphs are used as in a server.
+``--layers`` makes a shallow copy of the model's config with dummy weights: no weights are read. On a GPU prompts and
+answers are eight times as long, images are left out, and CUDA graphs are used as in a server.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def requests(count: int, vocab_size: int, scale: int) -> list[Request]:
     for i in range(count):
         stem = rng.choice(stems)[: scale * rng.choice((0, 0, 9, 17, 24))]
         ids = stem + [rng.randrange(vocab_size) for _ in range(rng.randrange(1, 16 * scale))]
-        sampling = SamplingParams(max_tokens=6, temperature=float(i % 2), seed=i, logprobs=3, ignore_eos=True)
+        sampling = SamplingParams(
+            max_tokens=6 * scale, temperature=float(i % 2), seed=i, logprobs=3, ignore_eos=True
+        )
         made.append(Request(request_id=f"r{i}", prompt_token_ids=ids, sampling=sampling))
     return made
 
@@ -88,6 +90,13 @@ def run(engine: Engine, work: list[Request], arrivals: random.Random | None) -> 
     return out
 
 
+def start_too_many(engine: Engine) -> None:
+    """Let admission believe that answers take no room, so that running requests have to be preempted."""
+    estimator: Any = engine.scheduler.starts.estimator
+    estimator.expected_total = lambda seq: seq.prompt_len
+    estimator.is_regular = lambda seq: False
+
+
 def take(engine: Engine, out: Bits) -> None:
     """One step."""
     for event in engine.step():
@@ -122,7 +131,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     }.items():
         engine = build(args, **changes)
         if name == "preempted":
-            engine.scheduler.estimator.expected_total = lambda seq: seq.prompt_len  # type: ignore[method-assign]
+            start_too_many(engine)
         variants[name] = run(engine, work, random.Random(2))
         stats = engine.stats()
         assert name != "preempted" or count < 50 or stats.preemptions > count // 50, stats
