@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 
@@ -47,7 +48,7 @@ class Join(msgspec.Struct, tag="join"):
 
 
 class Loading(msgspec.Struct, tag="loading"):
-    """Rank: bytes of weights read so far."""
+    """Rank 0: bytes of weights read so far."""
 
     done: int
     total: int
@@ -159,13 +160,24 @@ def _join_nccl(join: Join, pp_rank: int) -> dist.ProcessGroup | None:
     return group
 
 
+def _progress(join: Join, channel: Channel) -> Callable[[int, int], None]:
+    """Rank 0 reports for all, since the engine hears the ranks out one by one.
+
+    Another rank's reports would fill its socket until it blocks, and the ranks before it would wait for it in their
+    first collective.
+    """
+    if join.rank:
+        return lambda done, total: None
+    return lambda done, total: channel.send(Loading(done, total))
+
+
 def serve(channel: Channel) -> None:
     """Load, start, then run steps until the engine goes away."""
     join = channel.receive()
     assert isinstance(join, Join)
     setup_logging(f"Rank{join.rank}")
     clock = Ledger()
-    rank = load_rank(join.config, join_group(join), lambda d, t: channel.send(Loading(d, t)), clock)
+    rank = load_rank(join.config, join_group(join), _progress(join, channel), clock)
     one_layer = KVLayout(((0,),), (False,), None, rank.resolved.block_size)
     channel.send(Loaded(rank.kv_budget, rank.block_bytes(one_layer), rank.model.weight_bytes()))
     start = channel.receive()
