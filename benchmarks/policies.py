@@ -3,14 +3,16 @@
     python -m benchmarks.policies [--out FILE] [--requests 512] [--shares 512,1024,8192]
 
 Runs the recipe's load (1,024 in, 1,024 out, 512 at once) through ``engine.scheduler`` and adds up a cost model of its
-steps: for each share of prompt tokens beside decodes, with starts spread over time and with starts as early as memory
-allows. Prints output tokens/s, the steps, and the median and P99 time between two tokens of a stream.
+steps: for each share of prompt tokens beside decodes, with even starts and a planned end, with even starts alone, and
+with starts as early as memory allows. Prints output tokens/s, the steps, and the median and P99 time between two
+tokens of a stream.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from outrider.engine.admission import Pacer
 from outrider.engine.kv_manager import KVManager
 from outrider.engine.plan import Plan
 from outrider.engine.scheduler import Limits, Scheduler
+from outrider.engine.starts import Pacer, Starts
 from outrider.kv_layout import plan_layout
 from outrider.types import Request, SamplingParams, StepResult
 
@@ -55,9 +57,9 @@ COSTS = {
         (105, 250, 330, 560, 585, 620, 750, 780, 930, 4100),
     ),
     "NVFP4": StepCost(
-        802_000,
-        (1, 8, 64, 128, 256, 400, 448, 512, 912, 1024, 1424, 8192),
-        (125, 230, 400, 420, 490, 600, 640, 660, 900, 980, 1390, 4700),
+        872_000,
+        (1, 8, 64, 128, 256, 400, 448, 512, 768, 912, 1024, 1424, 2048, 8192),
+        (125, 230, 400, 415, 490, 575, 610, 640, 740, 860, 950, 1200, 1500, 4700),
     ),
 }
 """H200, 2026-11-26, from steps of the engine at these sizes (benchmarks/results/trials_h200.txt)."""
@@ -72,14 +74,19 @@ class Eager(Pacer):
         return True
 
 
-def run(cost: StepCost, share: int, spread: bool, num_requests: int) -> dict[str, Any]:
+POLICIES = ("even, last wave together", "even", "as early as memory allows")
+
+
+def run(cost: StepCost, share: int, policy: str, num_requests: int) -> dict[str, Any]:
     """The figures of one policy."""
     kv = KVManager(
         plan_layout((True,) * LAYERS, None, MAX_TOKENS, BLOCK), cost.capacity_tokens // BLOCK, False
     )
     scheduler = Scheduler(kv, Limits(CONCURRENCY, MAX_TOKENS, share))
-    if not spread:
-        scheduler._pacer = Eager(kv.pool.capacity)
+    if policy != POLICIES[0]:
+        scheduler.starts = Starts(kv, share, patience=math.inf)
+    if policy == POLICIES[2]:
+        scheduler.starts._pacer = Eager(kv.pool.capacity)
     params = SamplingParams(max_tokens=OUTPUT, temperature=0.0, ignore_eos=True)
     num_sent, seconds, steps = 0, 0.0, 0
     gaps: list[tuple[float, int]] = []
@@ -98,7 +105,7 @@ def run(cost: StepCost, share: int, spread: bool, num_requests: int) -> dict[str
     of_streams = np.repeat([gap for gap, _ in gaps], [count for _, count in gaps]) * 1e3
     return {
         "share": share,
-        "starts": "spread" if spread else "as early as memory allows",
+        "starts": policy,
         "output_tok_s": round(num_requests * OUTPUT / seconds),
         "steps": steps,
         "median_itl_ms": round(float(np.median(of_streams)), 1),
@@ -135,8 +142,8 @@ def main() -> None:
     for name, cost in COSTS.items():
         result[name] = []
         for share in (int(text) for text in args.shares.split(",")):
-            for spread in (True, False):
-                row = run(cost, share, spread, args.requests)
+            for policy in POLICIES:
+                row = run(cost, share, policy, args.requests)
                 result[name].append(row)
                 print(name, row, flush=True)
     if args.out is not None:

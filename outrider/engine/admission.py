@@ -8,7 +8,9 @@ finished requests used of their ``max_tokens``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -113,33 +115,41 @@ def fits(
     )
 
 
-class Pacer:
-    """Spreads the starts of requests of like length while more of them are live than fit together.
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """Sequences that grow evenly and end: blocks held now and at the end, steps until then, each f64 ``[S]``."""
 
-    Such requests, started together, end together, and until then the room kept for their common end is idle: a quarter
-    of the pool, for answers as long as their prompts. Spread evenly they fill the pool all the time. A request holds
-    its blocks for a number of steps, an area of blocks x steps, and every step the pool offers ``capacity`` of it; a
-    start is paid with its area and waits until the last one is paid off (Little's law: rate = capacity / area).
+    held: np.ndarray
+    at_end: np.ndarray
+    steps: np.ndarray
+
+    @classmethod
+    def of_equals(cls, held: int, at_end: int, steps: int, count: int) -> Holdings:
+        """``count`` equal sequences."""
+        return cls(*(np.full(count, value, dtype=np.float64) for value in (held, at_end, steps)))
+
+    def __add__(self, other: Holdings) -> Holdings:
+        pairs = (self.held, other.held), (self.at_end, other.at_end), (self.steps, other.steps)
+        return Holdings(*(np.concatenate(pair) for pair in pairs))
+
+
+def steps_until_room(running: Holdings, group: Holdings, capacity: int, waste: float = 0.0) -> float:
+    """Steps until all of ``group``, which are alike, can start together; infinite if ``running`` leaves no such room.
+
+    Blocks in use peak just before a running sequence ends. A group that is ``age`` steps old by then holds
+    ``count x (held + growth x age)``: the room at each end says how old it may be. Those that end after the group
+    must leave room for its own end. ``waste``: blocks begun and not full, of each sequence on its way.
     """
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._balance = self._most = capacity
-
-    def next_step(self) -> None:
-        """The pool offers another step; no more than one start is saved up."""
-        self._balance = min(self._most, self._balance + self._capacity)
-
-    @property
-    def may_start(self) -> bool:
-        """Whether the starts so far are paid off."""
-        return self._balance > 0
-
-    def pay(self, area: int) -> None:
-        """A request starts that is expected to take ``area``, blocks times steps."""
-        self._balance -= area
-        self._most = max(self._capacity, area)
-
-    def refund(self, area: int) -> None:
-        """A request ended with ``area`` left of what it paid (negative: it took more)."""
-        self._balance = min(self._most, self._balance + area)
+    order = np.argsort(-running.steps, kind="stable")
+    ends = running.steps[order]
+    growth = (running.at_end - running.held)[order] / np.maximum(ends, 1)
+    in_use = np.cumsum(running.held[order]) + np.cumsum(growth) * ends
+    if in_use.max(initial=0) > capacity or group.at_end.sum() > capacity:
+        return math.inf
+    if not len(group.steps):
+        return 0.0
+    room = (capacity - in_use - waste * np.arange(len(ends))) / len(group.steps) - group.held[0] - waste
+    oldest = np.maximum(room, 0) * group.steps[0] / max(group.at_end[0] - group.held[0], 1e-9)
+    wait = float(np.maximum(ends - oldest, 0).max(initial=0))
+    later = ends >= wait + group.steps[0]
+    return math.inf if (in_use[later] + group.at_end.sum() > capacity).any() else wait

@@ -14,10 +14,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from outrider.engine.admission import OutputEstimator, Pacer, fits
 from outrider.engine.kv_manager import KVManager
 from outrider.engine.plan import Plan, PlanDraft
 from outrider.engine.sequence import Sequence, SequenceStatus
+from outrider.engine.starts import Starts
 from outrider.types import (
     FINISH_ABORT,
     FINISH_ERROR,
@@ -69,9 +69,7 @@ class Scheduler:
         self.stats = EngineStats(
             kv_blocks_total=kv.pool.capacity, step_token_counts=[0] * (len(STEP_TOKEN_BUCKETS) + 1)
         )
-        self.estimator = OutputEstimator()
-        self._pacer = Pacer(kv.pool.capacity)
-        self._demand = 0  # blocks that all live sequences are expected to hold at their ends
+        self.starts = Starts(kv, limits.prefill_share_tokens)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
@@ -95,8 +93,7 @@ class Scheduler:
         seq = Sequence(request, self._num_added, len(self.kv.layout.groups), grammar=grammar)
         self._num_added += 1
         self._by_id[request.request_id] = seq
-        seq.demand = self.kv.num_blocks_for(self.estimator.expected_total(seq))
-        self._demand += seq.demand
+        self.starts.came(seq)
         self._enqueue(seq)
         return None
 
@@ -124,7 +121,7 @@ class Scheduler:
         self._plan_decodes(draft, decoding)
         budget = self.limits.max_num_batched_tokens - len(draft.slices)
         if draft.slices:
-            budget = min(budget, self.limits.prefill_share_tokens)
+            budget = min(budget, self.starts.share)
         budget = self._plan_running_prefills(draft, others, budget)
         self._admit(draft, budget)
         if not draft.slices:
@@ -161,10 +158,10 @@ class Scheduler:
 
     def _admit(self, draft: PlanDraft, budget: int) -> None:
         """Start waiting sequences, in order, while rows, tokens, expected blocks and the pace allow."""
-        self._pacer.next_step()
+        self.starts.next_step()
         while self._waiting and budget > 0 and self._free_rows:
             seq = self._waiting[0]
-            if seq.in_flight or (self._running and not self._may_start(seq)):
+            if seq.in_flight or not self.starts.may_start(self._running, self._waiting):
                 break
             seq.num_computed = self.kv.match_prefix(seq)
             count = self._slice_len(seq, budget)
@@ -182,27 +179,14 @@ class Scheduler:
             draft.add(seq, count)
             budget -= count
 
-    def _may_start(self, seq: Sequence) -> bool:
-        """Whether there will be room for it; where waves would form also whether its turn has come."""
-        capacity = self.kv.pool.capacity
-        in_waves = self._demand > capacity and not seq.num_outputs and self.estimator.is_regular(seq)
-        is_its_turn = self._pacer.may_start or not in_waves
-        return is_its_turn and fits(self._running, seq, self.estimator, self.kv.layout, capacity)
-
     def _start(self, seq: Sequence) -> None:
         seq.status = SequenceStatus.RUNNING
         bisect.insort(self._running, seq, key=lambda s: s.order)
         if seq.num_outputs == 0:
-            seq.paid = self._area(seq, self.estimator.mean_outputs(seq))
-            self._pacer.pay(seq.paid)
+            self.starts.started(seq)
             seq.num_cached = seq.num_computed
             self.stats.prefix_query_tokens += seq.prompt_len
             self.stats.cached_prompt_tokens += seq.num_cached
-
-    def _area(self, seq: Sequence, num_outputs: int) -> int:
-        """Blocks that the sequence holds on average, times its steps, if it generates so many tokens."""
-        num_steps = num_outputs + seq.prompt_len // self.limits.prefill_share_tokens
-        return self.kv.num_blocks_for(seq.prompt_len + num_outputs // 2) * num_steps
 
     def _can_plan(self, seq: Sequence) -> bool:
         """Whether the next slice can be decided without the tokens that are still in flight."""
@@ -366,16 +350,13 @@ class Scheduler:
             self._waiting.remove(seq)
         else:
             self._running.remove(seq)
-        if reason in (FINISH_STOP, FINISH_LENGTH):
-            self.estimator.observe(seq.num_read)
-        if seq.paid:
-            self._pacer.refund(seq.paid - self._area(seq, seq.num_outputs))
+        self.starts.ended(seq, by_itself=reason in (FINISH_STOP, FINISH_LENGTH))
         seq.status = SequenceStatus.FINISHED
 
     def _release(self, seq: Sequence) -> None:
         """The one place where a finished sequence leaves: blocks, row and name."""
         self._give_back(seq)
-        self._demand -= seq.demand
+        self.starts.left(seq)
         del self._by_id[seq.request.request_id]
 
     def _give_back(self, seq: Sequence) -> None:

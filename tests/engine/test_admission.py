@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from outrider.engine.admission import OutputEstimator, Pacer, most_peak_blocks, peak_blocks
+from outrider.engine.admission import OutputEstimator, most_peak_blocks, peak_blocks
 from outrider.engine.kv_manager import KVManager
-from outrider.engine.scheduler import Limits, Scheduler
 from outrider.engine.sequence import Sequence
 from outrider.kv_layout import KVLayout, plan_layout
-from outrider.types import Request, SamplingParams, StepResult
+from outrider.types import Request, SamplingParams
 
 FULL = plan_layout((False,) * 4, None, 4096, 16)
 CHUNKED = plan_layout((True, True, True, False), 64, 4096, 16)
@@ -66,48 +65,3 @@ def test_the_estimate_follows_what_finished_requests_used() -> None:
         estimator.observe(1500)
     high = estimator.expected_total(sequence(4000))
     assert low < before < high and 50 <= low <= 120 and 1400 <= high <= 2200
-
-
-def test_starts_are_spread_at_the_rate_that_the_pool_sustains() -> None:
-    """Starts that come in a burst end in one, with a quarter of the pool kept empty until then."""
-    pacer, starts = Pacer(1000), []
-    for step in range(1000):
-        pacer.next_step()
-        while pacer.may_start:
-            pacer.pay(40 * 250)
-            starts.append(step)
-    gaps = np.diff(starts)
-    assert gaps.max() - gaps.min() <= 1, "the starts are even"
-    assert len(starts) * 40 * 250 == pytest.approx(1000 * 1000, rel=0.02), "and fill the pool"
-
-
-class Eager(Pacer):
-    """Starts that wait for nothing but memory."""
-
-    may_start = True  # type: ignore[assignment]
-
-
-def steps_of_short_answers(pacer: type[Pacer]) -> int:
-    """Steps until 150 requests are through that may generate 512 tokens and all end after 24."""
-    scheduler = Scheduler(KVManager(FULL, 120, False), Limits(64, 256, 128))
-    scheduler._pacer = pacer(scheduler.kv.pool.capacity)
-    for i in range(150):
-        params = SamplingParams(max_tokens=512, eos_token_ids=(9,))
-        scheduler.add(Request(request_id=f"r{i}", prompt_token_ids=[1] * 48, sampling=params))
-    steps = 0
-    while scheduler.has_work:
-        plan = scheduler.schedule()
-        assert plan is not None
-        ids = [
-            9 if seq.num_outputs == 24 else 5
-            for seq, piece in zip(plan.sequences, plan.step.slices, strict=True)
-            if piece.samples
-        ]
-        scheduler.commit(plan, StepResult(plan.step.step_id, ids, [None] * len(ids), {}))
-        steps += 1
-    return steps
-
-
-def test_answers_shorter_than_expected_do_not_slow_the_starts() -> None:
-    """A start paid with the expected length and never refunded leaves most of the pool empty."""
-    assert steps_of_short_answers(Pacer) <= 1.1 * steps_of_short_answers(Eager)

@@ -109,7 +109,7 @@ def test_preemption_happens_and_is_harmless() -> None:
     rng = random.Random(3)
     requests = [request(f"r{i}", p, 60, seed=i) for i, p in enumerate(prompts(12, rng, 20))]
     engine = make_engine(FULL, 80)
-    engine.scheduler.estimator._mean = 1.0
+    engine.scheduler.starts.estimator._mean = 1.0
     out = run(engine, requests)
     assert engine.stats().preemptions > 0
     for r in requests:
@@ -143,7 +143,7 @@ def test_random_arrivals_and_aborts(depth: int, layout: KVLayout) -> None:
     """2,000 arrivals and aborts on a tiny pool: no deadlock, no leaked block, right ids for the survivors."""
     rng = random.Random(depth)
     engine = make_engine(layout, 60, rows=6, depth=depth)
-    engine.scheduler.estimator._mean = 4.0
+    engine.scheduler.starts.estimator._mean = 4.0
     live: dict[str, Request] = {}
     out: dict[str, list[int]] = {}
     done = aborted = 0

@@ -197,7 +197,7 @@ def test_preempted_and_resumed(base: Baseline, overlapped: bool) -> None:
     blocks = base.case.few_blocks
     with engine_of(base.case, num_gpu_blocks_override=blocks, async_scheduling=overlapped) as engine:
         for _ in range(600):
-            engine.scheduler.estimator.observe(1)
+            engine.scheduler.starts.estimator.observe(1)
         base.check(run(engine, base.requests())[0])
         assert engine.stats().preemptions > 0
 

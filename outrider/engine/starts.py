@@ -1,0 +1,167 @@
+"""When waiting requests start: as early as memory allows, spread over time, or held back and then all at once.
+
+Called by the scheduler, in this order each step: ``next_step``, then ``may_start`` and ``started`` for every request
+at the head of the queue. The choice between the last two matters only while requests of like length are more than
+fit together, see ADR 9 and 10; all others start as soon as ``admission.fits`` says that they can stay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import numpy as np
+
+from outrider.engine.admission import Holdings, OutputEstimator, fits, steps_until_room
+from outrider.engine.kv_manager import KVManager
+from outrider.engine.sequence import Sequence
+
+QUIET_STEPS = 64
+"""The usual patience: two to three seconds of a busy server."""
+
+LAST_WAVE_SHARES = 4
+"""Shares of prompt tokens in a step while the last requests start together."""
+
+
+class Pacer:
+    """Spreads the starts of requests of like length while more of them are live than fit together.
+
+    Such requests, started together, end together, and until then the room kept for their common end is idle: a quarter
+    of the pool, for answers as long as their prompts. Spread evenly they fill the pool all the time. A request holds
+    its blocks for a number of steps, an area of blocks x steps, and every step the pool offers ``capacity`` of it; a
+    start is paid with its area and waits until the last one is paid off (Little's law: rate = capacity / area).
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._balance = self._most = capacity
+
+    def next_step(self) -> None:
+        """The pool offers another step; no more than one start is saved up."""
+        self._balance = min(self._most, self._balance + self._capacity)
+
+    @property
+    def may_start(self) -> bool:
+        """Whether the starts so far are paid off."""
+        return self._balance > 0
+
+    def pay(self, area: int) -> None:
+        """A request starts that is expected to take ``area``, blocks times steps."""
+        self._balance -= area
+        self._most = max(self._capacity, area)
+
+    def refund(self, area: int) -> None:
+        """A request ended with ``area`` left of what it paid (negative: it took more)."""
+        self._balance = min(self._most, self._balance + area)
+
+
+class Starts:
+    """The policy and what it remembers of the live requests.
+
+    ``share``: prompt tokens that usually ride beside decodes. ``patience``: steps without a new request after which
+    the queue is taken for all there is.
+    """
+
+    def __init__(self, kv: KVManager, share: int, patience: float = QUIET_STEPS) -> None:
+        self.estimator = OutputEstimator()
+        self._kv, self._capacity, self._share = kv, kv.pool.capacity, share
+        self._pacer = Pacer(self._capacity)
+        self._demand = 0  # blocks that all live sequences are expected to hold at their ends
+        self._patience, self._quiet_steps = patience, 0
+        self._hold_steps = 0
+        self._is_last_wave = False
+
+    @property
+    def share(self) -> int:
+        """Prompt tokens that may ride beside decodes in the next step."""
+        return self._share * (LAST_WAVE_SHARES if self._is_last_wave else 1)
+
+    def came(self, seq: Sequence) -> None:
+        """A request was queued."""
+        seq.demand = self._kv.num_blocks_for(self.estimator.expected_total(seq))
+        self._demand += seq.demand
+        self._quiet_steps, self._hold_steps, self._is_last_wave = 0, 0, False
+
+    def next_step(self) -> None:
+        """Another step is being planned."""
+        self._pacer.next_step()
+        self._quiet_steps += 1
+        self._hold_steps -= 1
+
+    def may_start(self, running: list[Sequence], waiting: deque[Sequence]) -> bool:
+        """Whether the head of ``waiting`` starts now: there will be room, and it is its turn."""
+        head = waiting[0]
+        if not running:
+            return True
+        in_waves = self._demand > self._capacity and not head.num_outputs and self.estimator.is_regular(head)
+        if in_waves and not self._is_its_turn(running, waiting):
+            return False
+        return fits(running, head, self.estimator, self._kv.layout, self._capacity)
+
+    def started(self, seq: Sequence) -> None:
+        """A request that had not run before starts."""
+        seq.paid = self._area(seq, self.estimator.mean_outputs(seq))
+        self._pacer.pay(seq.paid)
+
+    def ended(self, seq: Sequence, *, by_itself: bool) -> None:
+        """A request ended, ``by_itself`` or because it was told to."""
+        if by_itself:
+            self.estimator.observe(seq.num_read)
+        if seq.paid:
+            self._pacer.refund(seq.paid - self._area(seq, seq.num_outputs))
+
+    def left(self, seq: Sequence) -> None:
+        """A request is gone."""
+        self._demand -= seq.demand
+
+    def _area(self, seq: Sequence, num_outputs: int) -> int:
+        """Blocks that the sequence holds on average, times its steps, if it generates so many tokens."""
+        num_steps = num_outputs + seq.prompt_len // self._share
+        return self._kv.num_blocks_for(seq.prompt_len + num_outputs // 2) * num_steps
+
+    def _is_its_turn(self, running: list[Sequence], waiting: deque[Sequence]) -> bool:
+        if self._quiet_steps < self._patience:
+            return self._pacer.may_start
+        if self._is_last_wave or self._hold_steps > 0:
+            return self._is_last_wave
+        return self._begin_or_hold(running, waiting)
+
+    def _begin_or_hold(self, running: list[Sequence], waiting: deque[Sequence]) -> bool:
+        """Whether the queue is through sooner when its head starts now, if nothing else comes.
+
+        The last ones, as many as fit together at their ends, start together as soon as the others leave room for that;
+        those before them start now. One of the last starts alone only if that does not put the others off.
+        """
+        head, count = waiting[0], len(waiting)
+        blocks_for, num_outputs = self._kv.num_blocks_for, self.estimator.mean_outputs(head)
+        held, at_end = blocks_for(head.prompt_len), blocks_for(self.estimator.expected_total(head))
+        num_first = max(1, count - self._capacity // at_end)
+        others = self._holdings(running)
+
+        def wait_of(number: int, others: Holdings) -> float:
+            """Steps until so many can start together; not all do so in the first step, which saves half of that."""
+            last = Holdings.of_equals(held, at_end, num_outputs, number)
+            start_steps = number * head.prompt_len / (LAST_WAVE_SHARES * self._share)
+            half_blocks = len(self._kv.layout.local) / 2
+            return max(0.0, steps_until_room(others, last, self._capacity, half_blocks) - start_steps / 2)
+
+        together = wait_of(count, others)
+        self._is_last_wave = together == 0
+        if self._is_last_wave:
+            return True
+        first = Holdings.of_equals(held, at_end, num_outputs, num_first)
+        apart = wait_of(count - num_first, others + first)
+        if math.isinf(min(together, apart)):
+            return self._pacer.may_start
+        if apart > together:
+            self._hold_steps = int(together) // 2  # then look again
+        return apart <= together
+
+    def _holdings(self, running: list[Sequence]) -> Holdings:
+        blocks_for, expected = self._kv.num_blocks_for, self.estimator.expected_total
+        totals = [max(expected(seq), seq.length) for seq in running]
+        return Holdings(
+            held=np.array([blocks_for(max(seq.length, seq.prompt_len)) for seq in running], dtype=np.float64),
+            at_end=np.array([blocks_for(total) for total in totals], dtype=np.float64),
+            steps=np.array([total - seq.length + 1 for seq, total in zip(running, totals, strict=True)]),
+        )

@@ -1,0 +1,169 @@
+"""When waiting requests start: spread over time, held back for a last wave, never for ever."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+
+from outrider.engine.admission import Holdings, steps_until_room
+from outrider.engine.kv_manager import KVManager
+from outrider.engine.scheduler import Limits, Scheduler
+from outrider.engine.starts import Pacer, Starts
+from outrider.kv_layout import plan_layout
+from outrider.types import Request, SamplingParams, StepResult
+
+FULL = plan_layout((False,) * 4, None, 4096, 16)
+
+
+def step(scheduler: Scheduler) -> None:
+    """Plan and commit one step; no token is the last of its sequence unless by length."""
+    plan = scheduler.schedule()
+    assert plan is not None, "there is work, and no step"
+    count = sum(piece.samples for piece in plan.step.slices)
+    scheduler.commit(plan, StepResult(plan.step.step_id, [5] * count, [None] * count, {}))
+
+
+def request(name: str) -> Request:
+    """64 tokens in, 256 out: 20 blocks at the end."""
+    params = SamplingParams(max_tokens=256, temperature=0.0, ignore_eos=True)
+    return Request(request_id=name, prompt_token_ids=[1] * 64, sampling=params)
+
+
+def room_for(count: int, **changes: float) -> Scheduler:
+    """A scheduler with blocks for the ends of so many requests; ``changes`` of its ``Starts``."""
+    scheduler = Scheduler(KVManager(FULL, 20 * count + 1, False), Limits(512, 1024, 64))
+    scheduler.starts = Starts(scheduler.kv, 64, **changes)
+    return scheduler
+
+
+def test_starts_are_spread_at_the_rate_that_the_pool_sustains() -> None:
+    """Starts that come in a burst end in one, with a quarter of the pool kept empty until then."""
+    pacer, times = Pacer(1000), []
+    for now in range(1000):
+        pacer.next_step()
+        while pacer.may_start:
+            pacer.pay(40 * 250)
+            times.append(now)
+    gaps = np.diff(times)
+    assert gaps.max() - gaps.min() <= 1, "the starts are even"
+    assert len(times) * 40 * 250 == pytest.approx(1000 * 1000, rel=0.02), "and fill the pool"
+
+
+class Eager(Pacer):
+    """Starts that wait for nothing but memory."""
+
+    may_start = True  # type: ignore[assignment]
+
+
+def steps_of_short_answers(pacer: type[Pacer]) -> int:
+    """Steps until 150 requests are through that may generate 512 tokens and all end after 24."""
+    scheduler = Scheduler(KVManager(FULL, 120, False), Limits(64, 256, 128))
+    scheduler.starts._pacer = pacer(scheduler.kv.pool.capacity)
+    for i in range(150):
+        params = SamplingParams(max_tokens=512, eos_token_ids=(9,))
+        scheduler.add(Request(request_id=f"r{i}", prompt_token_ids=[1] * 48, sampling=params))
+    steps = 0
+    while scheduler.has_work:
+        plan = scheduler.schedule()
+        assert plan is not None
+        ids = [
+            9 if seq.num_outputs == 24 else 5
+            for seq, piece in zip(plan.sequences, plan.step.slices, strict=True)
+            if piece.samples
+        ]
+        scheduler.commit(plan, StepResult(plan.step.step_id, ids, [None] * len(ids), {}))
+        steps += 1
+    return steps
+
+
+def test_answers_shorter_than_expected_do_not_slow_the_starts() -> None:
+    """A start paid with the expected length and never refunded leaves most of the pool empty."""
+    assert steps_of_short_answers(Pacer) <= 1.1 * steps_of_short_answers(Eager)
+
+
+def counted_wait(running: Holdings, group: Holdings, capacity: int) -> float:
+    """The first step at which the group can start and nothing ever exceeds the capacity, found by trying."""
+    horizon = int(running.steps.max() + group.steps[0]) + 2
+    times = np.arange(horizon)[:, None]
+    growth = (running.at_end - running.held) / running.steps
+    used = np.where(times <= running.steps, running.held + growth * times, 0).sum(1)
+    own = group.held[0] + (group.at_end[0] - group.held[0]) / group.steps[0] * np.arange(
+        int(group.steps[0]) + 1
+    )
+    for wait in range(int(running.steps.max()) + 2):
+        total = np.concatenate((used, np.zeros(len(own))))
+        total[wait : wait + len(own)] += own * len(group.steps)
+        if total.max() <= capacity + 1e-6:
+            return wait
+    return math.inf
+
+
+def test_the_wait_for_a_common_start_is_the_shortest() -> None:
+    """Too short and the last of them find no room; too long and memory is idle."""
+    rng, finite = np.random.default_rng(3), 0
+    for _ in range(300):
+        count = int(rng.integers(1, 12))
+        held = rng.integers(1, 40, count).astype(float)
+        steps = rng.integers(1, 100, count).astype(float)
+        running = Holdings(held, held + rng.integers(0, 40, count), steps)
+        group = Holdings.of_equals(
+            int(rng.integers(1, 20)), int(rng.integers(20, 60)), 100, int(rng.integers(1, 9))
+        )
+        capacity = int(running.at_end.sum() * rng.uniform(0.9, 2.0))
+        expected, got = counted_wait(running, group, capacity), steps_until_room(running, group, capacity)
+        assert math.isinf(got) == math.isinf(expected)
+        if math.isfinite(expected):
+            finite += 1
+            assert abs(math.ceil(got - 1e-6) - expected) <= 1, "the counted steps are whole"
+    assert finite > 100
+
+
+def steps_until_through(count: int, room: int, **changes: float) -> int:
+    """Steps for a queue that comes at once."""
+    scheduler = room_for(room, **changes)
+    for i in range(count):
+        scheduler.add(request(f"r{i}"))
+    num_steps = 0
+    while scheduler.has_work:
+        step(scheduler)
+        num_steps += 1
+    scheduler.check_integrity()
+    assert scheduler.stats.preemptions == 0
+    return num_steps
+
+
+def test_the_last_wave_starts_together() -> None:
+    """A queue a little larger than fits is through in a little more than one life of a request."""
+    planned = steps_until_through(64, 60)
+    spread = steps_until_through(64, 60, patience=math.inf)
+    assert planned < 0.88 * spread, f"{planned} steps, {spread} without a plan"
+
+
+@pytest.mark.parametrize("count", [61, 64, 80, 100, 119, 120, 150, 200, 400])
+def test_a_plan_never_takes_much_longer_than_even_starts(count: int) -> None:
+    """Whatever the length of the queue: the last requests must not be left over for a wave of their own."""
+    planned = steps_until_through(count, 60)
+    spread = steps_until_through(count, 60, patience=math.inf)
+    assert planned <= 1.04 * spread
+
+
+def test_who_comes_during_the_wait_is_served_too() -> None:
+    """Arrivals and aborts at any time change the plan; nobody waits for ever and nobody is preempted."""
+    rng = random.Random(5)
+    scheduler, num_added, num_steps = room_for(30), 0, 0
+    while scheduler.has_work or num_added < 120:
+        if num_added < 120 and (num_steps % 90 == 0 or rng.random() < 0.01):
+            for _ in range(rng.randrange(1, 40)):
+                scheduler.add(request(f"r{num_added}"))
+                num_added += 1
+        if rng.random() < 0.02:
+            scheduler.abort(f"r{rng.randrange(num_added)}")
+        if scheduler.has_work:
+            step(scheduler)
+        num_steps += 1
+        assert num_steps < 3000
+    scheduler.check_integrity()
+    assert scheduler.stats.preemptions == 0
