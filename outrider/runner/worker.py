@@ -8,10 +8,13 @@ holds the logits answers with the step's result.
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
+import queue
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -29,8 +32,11 @@ from outrider.logs import setup_logging
 from outrider.parallel import Parallel
 from outrider.runner.ledger import Ledger
 from outrider.runner.mesh import SocketMesh
+from outrider.runner.model_runner import LaunchedStep
 from outrider.runner.rank import load_rank, start_rank
 from outrider.types import StepPlan, StepResult
+
+logger = logging.getLogger("outrider.runner")
 
 
 class Join(msgspec.Struct, tag="join"):
@@ -186,11 +192,27 @@ def serve(channel: Channel) -> None:
     runner = start_rank(rank, layout, start.num_blocks, start.max_model_len, clock)
     channel.send(Started())
     reports = rank.parallel.is_last_stage and rank.parallel.tp_rank == 0
+    launched: queue.SimpleQueue[LaunchedStep] = queue.SimpleQueue()
+    if reports:
+        threading.Thread(target=_report, args=(launched, channel), daemon=True).start()
     while (message := channel.receive()) is not None:
         assert isinstance(message, Launch)
         step = runner.launch(message.plan)
         if reports:
-            channel.send(Done(step.wait()))
+            launched.put(step)
+
+
+def _report(launched: queue.SimpleQueue[LaunchedStep], channel: Channel) -> None:
+    """Send the outcome of each step when it is there; meanwhile the next one is launched."""
+    try:
+        while True:
+            channel.send(Done(launched.get().wait()))
+    except OSError:  # the engine ended
+        return
+    except Exception as error:
+        channel.send(Failed(f"{type(error).__name__}: {error}", False))
+        logger.exception("A step failed.")
+        os._exit(1)  # the main thread may wait for ever
 
 
 def main(fd: int, parent_pid: int) -> int:
