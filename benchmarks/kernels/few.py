@@ -58,6 +58,9 @@ UP = tuple(
     )
 )
 DOWN_ONE = tuple(GemvTile(*sizes) for sizes in ((2, 1024, 4), (1, 1024, 2), (1, 1024, 4), (2, 512, 8)))
+UP_ONE = tuple(
+    GemvTile(*sizes) for sizes in ((1, 1024, 2), (2, 1024, 4), (2, 1024, 2), (1, 512, 1), (1, 2048, 4))
+)
 # Programs at one token: 480, 320, 240, 240, 320.
 DOWN = (
     Tile(16, 64, 256, True, 5, 4, split_k=3),
@@ -96,9 +99,12 @@ def use_dense(tile: SkinnyTile | GemvTile) -> None:
         gemm.SKINNY_TILES[torch.float8_e4m3fn] = ((128, tile),)
 
 
-def use_up(value: tuple[Tile, int]) -> None:
+def use_up(value: tuple[Tile | GemvTile, int]) -> None:
     """The experts' first products and what they prefetch."""
     tile, moe_few.GATE_UP_PREFETCH = value
+    moe_few.UP_ONE_TILE = tile if isinstance(tile, GemvTile) else None
+    if isinstance(tile, GemvTile):
+        return
     moe_few.FEW_TILES = (tile, moe_few.FEW_TILES[1])
 
 
@@ -122,7 +128,7 @@ def knobs(tokens: int) -> list[Knob]:
         Knob("dense", use_dense, (*GEMV, *SKINNY) if one else SKINNY),
         Knob("down", use_down, (*DOWN_ONE, *DOWN[:3]) if one else DOWN),
         Knob("decode", use_decode, DECODE),
-        Knob("up", use_up, UP),
+        Knob("up", use_up, (*((tile, 0) for tile in UP_ONE), *UP) if one else UP),
     ]
 
 
@@ -130,6 +136,7 @@ def shipped() -> dict[str, Any]:
     """The constants in the modules."""
     return {
         "gemv": gemm.GEMV_TILE,
+        "up_one": moe_few.UP_ONE_TILE,
         "down_one": moe_few.DOWN_ONE_TILE,
         "skinny": gemm.SKINNY_TILES[torch.float8_e4m3fn],
         "few": moe_few.FEW_TILES,
@@ -141,7 +148,8 @@ def shipped() -> dict[str, Any]:
 
 def start_from_tables(tables: dict[str, Any]) -> None:
     """Put the shipped constants in force."""
-    gemm.GEMV_TILE, moe_few.DOWN_ONE_TILE = tables["gemv"], tables["down_one"]
+    gemm.GEMV_TILE = tables["gemv"]
+    moe_few.UP_ONE_TILE, moe_few.DOWN_ONE_TILE = tables["up_one"], tables["down_one"]
     gemm.SKINNY_TILES[torch.float8_e4m3fn] = tables["skinny"]
     moe_few.FEW_TILES, moe_few.GATE_UP_PREFETCH = tables["few"], tables["prefetch"]
     attention_decode.SMALL_STEP_TILES = tables["decode"]

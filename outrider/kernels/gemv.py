@@ -32,26 +32,33 @@ class GemvTile:
     step: int
     warps: int
 
-    def takes(self, depth: int) -> bool:
-        """Whether rows of ``depth`` bytes fit a program's registers and are aligned."""
-        return depth % 16 == 0 and self.outputs * depth <= MAX_BYTES_A_THREAD * 32 * self.warps
+    def takes(self, depth: int, pairs: bool = False) -> bool:
+        """Whether rows of ``depth`` bytes, or pairs of them, fit a program's registers and are aligned."""
+        num_bytes = self.outputs * (1 + pairs) * depth
+        return depth % 16 == 0 and num_bytes <= MAX_BYTES_A_THREAD * 32 * self.warps
 
 
 @triton.jit
-def _load_rows(w_ptr, first, end, DEPTH: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr):
-    """``OUTPUTS`` rows from ``first`` on as tiles ``[OUTPUTS, STEP]``; zeros from row ``end`` on."""
-    rows = first + tl.arange(0, OUTPUTS)
+def _load_tiles(w_ptr, rows, inside, DEPTH: tl.constexpr, STEP: tl.constexpr):
+    """The weight rows ``rows`` as tiles ``[len(rows), STEP]``; zeros where they are not ``inside``."""
     starts = w_ptr + rows.to(tl.int64)[:, None] * DEPTH
     tiles = ()
     for start in tl.static_range(0, DEPTH, STEP):
         part = start + tl.arange(0, STEP)
-        mask = (rows < end)[:, None]
+        mask = inside[:, None]
         if DEPTH % STEP:
             mask = mask & (part < DEPTH)[None, :]
         tiles = tiles + (
             tl.load(starts + part[None, :], mask=mask, other=0.0, eviction_policy="evict_first"),
         )
     return tiles
+
+
+@triton.jit
+def _load_rows(w_ptr, first, end, DEPTH: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr):
+    """``OUTPUTS`` rows from ``first`` on as tiles ``[OUTPUTS, STEP]``; zeros from row ``end`` on."""
+    rows = first + tl.arange(0, OUTPUTS)
+    return _load_tiles(w_ptr, rows, rows < end, DEPTH, STEP)
 
 
 @triton.jit

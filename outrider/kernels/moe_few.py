@@ -26,6 +26,7 @@ from outrider.kernels.moe_few_kernels import (
     _few_down_kernel,
     _few_gate_up_kernel,
 )
+from outrider.kernels.moe_few_one import _gate_up_one_kernel
 from outrider.kernels.moe_few_route import ROUTE_GROUP, ROUTE_STEP, ROUTE_WARPS, _norm_route_kernel
 from outrider.kernels.moe_gemm import TRITON_DTYPES, Tile
 from outrider.kernels.norm import rms_norm_reference
@@ -37,6 +38,13 @@ DOWN_ONE_TILE: GemvTile | None = GemvTile(1, 1024, 2)
 
 H200, 2026-11-26, a whole layer of one token: 107.7 us, with other sizes 108 to 123, with the table's tile 110:
 benchmarks/results/kernels_few_h200.json
+"""
+
+
+UP_ONE_TILE: GemvTile | None = GemvTile(1, 1024, 2)
+"""For the first products of one token, ``outputs`` pairs of a gate and an up row; None: the table's.
+
+H200, 2026-11-26, a whole layer of one token: 90.9 us, with other sizes 91.9 to 93.9, with the table's tile 99.8.
 """
 
 
@@ -163,7 +171,11 @@ def moe_few_triton(
     num_tokens = x.shape[0]
     up_tile, down_tile = tiles or FEW_TILES
     rows = norm_route_triton(x, residual, norm, router, experts, shared)
-    hidden, shared_hidden = few_gate_up_triton(rows, experts, shared, x, up_tile)
+    lone = num_tokens == 1 and tiles is None
+    if lone and UP_ONE_TILE is not None and UP_ONE_TILE.takes(x.shape[1], pairs=True):
+        hidden, shared_hidden = gate_up_one_triton(rows, experts, shared, x, UP_ONE_TILE)
+    else:
+        hidden, shared_hidden = few_gate_up_triton(rows, experts, shared, x, up_tile)
     depths = (experts.w2.shape[2], shared.down.shape[1])
     one = DOWN_ONE_TILE if num_tokens == 1 and tiles is None else None
     if one is not None and all(one.takes(depth) for depth in depths):
@@ -172,6 +184,40 @@ def moe_few_triton(
             shared.down, shared.down_input_scale, shared.down_scale, x.dtype, one,
         )  # fmt: skip
     return few_down_triton(rows, hidden, shared_hidden, experts, shared, x, down_tile)
+
+
+def gate_up_one_triton(
+    rows: _FewRows, experts: ExpertWeights, shared: SharedWeights, x: torch.Tensor, tile: GemvTile
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``few_gate_up_triton`` of one token: the first rows of its results."""
+    inter, shared_inter = experts.w13.shape[1] // 2, shared.gate_up.shape[0] // 2
+    hidden = rows.x.new_empty((1, inter))
+    shared_hidden = rows.x.new_empty((1, shared_inter))
+    programs = ceil_div(shared_inter, tile.outputs) + ceil_div(inter, tile.outputs)
+    _gate_up_one_kernel[(programs,)](
+        rows.x,
+        experts.w13,
+        shared.gate_up,
+        hidden,
+        shared_hidden,
+        rows.expert_ids,
+        experts.a13_scale,
+        experts.w13_scale,
+        experts.a2_scale,
+        shared.input_scale,
+        shared.gate_up_scale,
+        shared.down_input_scale,
+        inter,
+        shared_inter,
+        MODEL_DTYPE=TRITON_DTYPES[x.dtype],
+        DEPTH=x.shape[1],
+        ROWS=FEW_ROWS,
+        OUTPUTS=tile.outputs,
+        STEP=tile.step,
+        num_warps=tile.warps,
+        **overlap_options(x.device, 1),
+    )
+    return hidden, shared_hidden
 
 
 def few_gate_up_triton(

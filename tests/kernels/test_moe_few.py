@@ -67,9 +67,11 @@ def test_few_rows(tiles, tokens, experts, expert_range, shared_inter):
         assert float((out - expected).norm() / expected.norm()) < LIMIT
 
 
+@pytest.mark.parametrize("up", [GemvTile(1, 1024, 2), GemvTile(32, 64, 4), None])
 @pytest.mark.parametrize(("experts", "expert_range", "shared_inter"), [(4, (0, 4), 80), (20, (4, 9), 48)])
-def test_one_token_without_tensor_cores(monkeypatch, experts, expert_range, shared_inter):
-    """Guards the wiring of the second products at one token, also where another rank holds the expert."""
+def test_one_token_without_tensor_cores(monkeypatch, up, experts, expert_range, shared_inter):
+    """Guards: a gate taken for an up, rows beyond the last, an expert that another rank holds, exchanged inputs."""
+    monkeypatch.setattr(moe_few, "UP_ONE_TILE", up)
     monkeypatch.setattr(moe_few, "DOWN_ONE_TILE", GemvTile(4, 64, 4))
     router, routed, shared = make_layer(experts, expert_range, 96, 80, shared_inter)
     norm = moe_few.NormWeights(torch.randn(96, device=DEVICE).to(WIDE), 1e-2)
