@@ -5,7 +5,6 @@ token is still being routed, which hides most of the routing.
 """
 
 # Triton 3.6 compiles tuples of tiles that grow by +, not by *; mypy cannot type either.
-# ruff: noqa: RUF005
 # mypy: disable-error-code="assignment, var-annotated"
 
 from __future__ import annotations

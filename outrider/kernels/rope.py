@@ -112,6 +112,46 @@ def _as_stored(x: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tenso
 
 
 @triton.jit
+def load_pairs(rows, inside, D: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Heads that start at the pointers ``rows [R, 1]``: the first and the second of every pair, ``[R, D / 2]`` each."""
+    HALF: tl.constexpr = D // 2
+    if INTERLEAVED:
+        both = tl.load(rows + tl.arange(0, D)[None, :], mask=inside, other=0.0)
+        first, second = tl.split(tl.reshape(both, [both.shape[0], HALF, 2]))
+    else:
+        pairs = tl.arange(0, HALF)[None, :]
+        first = tl.load(rows + pairs, mask=inside, other=0.0)
+        second = tl.load(rows + HALF + pairs, mask=inside, other=0.0)
+    return first, second
+
+
+@triton.jit
+def turn_pairs(
+    first, second, is_q, is_v, position, cos, sin, norm_eps, floor_scale, attn_scale,
+    D: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr, TEMPERATURE: tl.constexpr,
+):  # fmt: skip
+    """What ``load_pairs`` gave as queries and keys should be, in float32; rows of v stay as they are."""
+    dtype: tl.constexpr = first.dtype
+    a = first.to(tl.float32)
+    b = second.to(tl.float32)
+    if ROTATE:
+        turned = tl.where(is_v[:, None], a, a * cos[None, :] - b * sin[None, :])
+        b = tl.where(is_v[:, None], b, b * cos[None, :] + a * sin[None, :]).to(dtype).to(tl.float32)
+        a = turned.to(dtype).to(tl.float32)
+    if NORM:
+        squares = (tl.sum(a * a, 1) + tl.sum(b * b, 1)) / D
+        inv_rms = tl.where(is_v, 1.0, tl.rsqrt(squares + norm_eps))[:, None]
+        a = (a * inv_rms).to(dtype).to(tl.float32)
+        b = (b * inv_rms).to(dtype).to(tl.float32)
+    if TEMPERATURE:
+        steps = tl.floor((position + 1.0) / floor_scale)
+        factor = tl.where(is_q, tl.log(steps + 1.0) * attn_scale + 1.0, 1.0)[:, None]
+        a = a * factor
+        b = b * factor
+    return a, b
+
+
+@triton.jit
 def _qkv_rope_store_kernel(
     qkv_ptr,
     positions_ptr,
@@ -150,36 +190,20 @@ def _qkv_rope_store_kernel(
     is_q = heads < HEADS
     is_k = (heads >= HEADS) & (heads < HEADS + KV_HEADS)
     is_v = (heads >= HEADS + KV_HEADS) & (heads < HEADS + 2 * KV_HEADS)
-    base = qkv_ptr + token * qkv_stride + heads[:, None] * D
-    inside = (is_q | is_k | is_v)[:, None]
-    if INTERLEAVED:
-        both = tl.load(base + tl.arange(0, D)[None, :], mask=inside, other=0.0)
-        first, second = tl.split(tl.reshape(both, [BLOCK, half, 2]))
-    else:
-        first = tl.load(base + pairs[None, :], mask=inside, other=0.0)
-        second = tl.load(base + half + pairs[None, :], mask=inside, other=0.0)
+    rows = qkv_ptr + token * qkv_stride + heads[:, None] * D
+    first, second = load_pairs(rows, (is_q | is_k | is_v)[:, None], D, INTERLEAVED)
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
-    a = first.to(tl.float32)
-    b = second.to(tl.float32)
     position = tl.load(positions_ptr + token).to(tl.float32)
-    keep = is_v[:, None]
+    cos = 1.0
+    sin = 0.0
     if ROTATE:
         angles = position * tl.load(inv_freq_ptr + pairs)
-        cos = tl.cos(angles)[None, :]
-        sin = tl.sin(angles)[None, :]
-        turned = tl.where(keep, a, a * cos - b * sin)
-        b = tl.where(keep, b, b * cos + a * sin).to(dtype).to(tl.float32)
-        a = turned.to(dtype).to(tl.float32)
-    if NORM:
-        squares = (tl.sum(a * a, 1) + tl.sum(b * b, 1)) / D
-        inv_rms = tl.where(is_v, 1.0, tl.rsqrt(squares + norm_eps))[:, None]
-        a = (a * inv_rms).to(dtype).to(tl.float32)
-        b = (b * inv_rms).to(dtype).to(tl.float32)
-    if TEMPERATURE:
-        steps = tl.floor((position + 1.0) / floor_scale)
-        factor = tl.where(is_q, tl.log(steps + 1.0) * attn_scale + 1.0, 1.0)[:, None]
-        a = a * factor
-        b = b * factor
+        cos = tl.cos(angles)
+        sin = tl.sin(angles)
+    a, b = turn_pairs(
+        first, second, is_q, is_v, position, cos, sin, norm_eps, floor_scale, attn_scale,
+        D, ROTATE, NORM, TEMPERATURE,
+    )  # fmt: skip
     slot = tl.load(slots_ptr + token)
     cell = slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * D
     q_rows = q_ptr + (token * HEADS + heads)[:, None] * D

@@ -18,6 +18,7 @@ from outrider.kernels.activation import silu_mul
 from outrider.kernels.attention import paged_attention
 from outrider.kernels.norm import Normed, rms_norm
 from outrider.kernels.rope import RopeSpec, qkv_rope_store
+from outrider.kernels.rope_attention import rope_attention, rope_attention_takes
 from outrider.models.config import ModelConfig, RopeScaling
 from outrider.parallel import Parallel
 from outrider.quant.base import WeightBuilder
@@ -171,32 +172,21 @@ class Attention:
         shape = batch.attention
         group = kv.group_of(self.layer_id)
         k_cache, v_cache = kv.layer(self.layer_id)
-        q = qkv_rope_store(
-            self.qkv(operand(x)),
-            batch.positions,
-            self.rope,
-            k_cache,
-            v_cache,
-            shape.slots[group],
-            self.k_scale,
-            self.v_scale,
-        )
-        out = paged_attention(
-            q,
-            k_cache,
-            v_cache,
-            shape.block_tables[group],
-            shape.query_start,
-            shape.seq_lens,
-            shape.num_decodes,
-            shape.max_query_len,
-            shape.max_seq_len,
-            self.sm_scale,
-            self.chunk_size,
-            self.k_scale,
-            self.v_scale,
-            out_scale=self.o.input_scale,
-        )
+        qkv = self.qkv(operand(x))
+        slots, tables, lens = shape.slots[group], shape.block_tables[group], shape.seq_lens
+        scales = self.k_scale, self.v_scale
+        if rope_attention_takes(qkv, shape.num_decodes, shape.max_seq_len, self.chunk_size):
+            out = rope_attention(
+                qkv, self.rope, k_cache, v_cache, slots, tables, lens, shape.max_seq_len,
+                self.sm_scale, self.chunk_size, *scales, self.o.input_scale,
+            )  # fmt: skip
+        else:
+            q = qkv_rope_store(qkv, batch.positions, self.rope, k_cache, v_cache, slots, *scales)
+            out = paged_attention(
+                q, k_cache, v_cache, tables, shape.query_start, lens, shape.num_decodes,
+                shape.max_query_len, shape.max_seq_len, self.sm_scale, self.chunk_size, *scales,
+                self.o.input_scale,
+            )  # fmt: skip
         return self.parallel.all_reduce(self.o(out))
 
 
