@@ -57,7 +57,7 @@ UP = tuple(
         (Tile(16, 64, 128, True, 6, 4), Tile(16, 64, 256, True, 3, 4)), (0, 512, 1024)
     )
 )
-DOWN_ONE = tuple(GemvTile(*sizes) for sizes in ((2, 1024, 4), (1, 1024, 2), (1, 1024, 4), (2, 512, 8)))
+DOWN_ONE = tuple(GemvTile(*sizes) for sizes in ((1, 2048, 4), (1, 1024, 2), (2, 1024, 4), (1, 512, 1)))
 UP_ONE = tuple(
     GemvTile(*sizes) for sizes in ((1, 1024, 2), (2, 1024, 4), (2, 1024, 2), (1, 512, 1), (1, 2048, 4))
 )
