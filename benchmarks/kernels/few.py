@@ -11,14 +11,22 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
 
 from benchmarks.kernels.common import Report, graph_us, parse_args
-from benchmarks.kernels.step import LAYERS, SCOUT, Scout, compare, layer_bytes, list_kernels, reference
-from outrider.kernels import attention_decode, gemm, moe_few, overlap
+from benchmarks.kernels.step import (
+    LAYERS,
+    SCOUT,
+    Expected,
+    Scout,
+    compare,
+    layer_bytes,
+    list_kernels,
+    reference,
+)
+from outrider.kernels import attention_decode, gemm, moe_few, overlap, rope_attention
 from outrider.kernels.attention_decode import DecodeTile
 from outrider.kernels.gemm import SkinnyTile
 from outrider.kernels.gemv import GemvTile
@@ -33,9 +41,8 @@ COMPILERS = 8
 BATCHES = 2
 """Random batches that each candidate is checked on."""
 
-Overlap = tuple[int, bool]
-OVERLAPS: tuple[Overlap, ...] = ((0, False), (16, False), (16, True))
-"""(OVERLAP_ROWS, EARLY)."""
+OVERLAPS = (0, 16)
+"""OVERLAP_ROWS."""
 
 GEMV = tuple(
     GemvTile(*sizes) for sizes in ((8, 512, 4), (4, 512, 4), (8, 512, 8), (2, 1024, 2), (4, 1024, 2))
@@ -51,12 +58,7 @@ SKINNY = (
     SkinnyTile(128, 128, 5, 4, 2, prefetch=512),
     SkinnyTile(16, 512, 5, 2, 3, prefetch=2048),
 )
-UP = tuple(
-    (tile, prefetch)
-    for tile, prefetch in product(
-        (Tile(16, 64, 128, True, 6, 4), Tile(16, 64, 256, True, 3, 4)), (0, 512, 1024)
-    )
-)
+UP = (Tile(16, 64, 128, True, 6, 4), Tile(16, 64, 256, True, 3, 4))
 DOWN_ONE = tuple(GemvTile(*sizes) for sizes in ((1, 2048, 4), (1, 1024, 2), (2, 1024, 4), (1, 512, 1)))
 UP_ONE = tuple(
     GemvTile(*sizes) for sizes in ((1, 1024, 2), (2, 1024, 4), (2, 1024, 2), (1, 512, 1), (1, 2048, 4))
@@ -76,6 +78,12 @@ DECODE = (
     DecodeTile(programs_per_sm=4, merge_at_once=8),
     DecodeTile(programs_per_sm=8, merge_at_once=8),
 )
+DECODE_ONE = (
+    DecodeTile(num_stages=1, programs_per_sm=2, merge_at_once=16),
+    DecodeTile(num_stages=1, programs_per_sm=4, merge_at_once=8),
+    DecodeTile(num_warps=8, num_stages=1, programs_per_sm=4, merge_at_once=16),
+    DecodeTile(tokens=128, num_warps=8, num_stages=1, programs_per_sm=4, merge_at_once=8),
+)
 
 
 @dataclass(frozen=True)
@@ -87,9 +95,9 @@ class Knob:
     values: tuple[Any, ...]
 
 
-def use_overlap(value: Overlap) -> None:
-    """Launches of so many rows overlap; early or late."""
-    overlap.OVERLAP_ROWS, overlap.EARLY = value
+def use_overlap(rows: int) -> None:
+    """Launches of so many rows overlap."""
+    overlap.OVERLAP_ROWS = rows
 
 
 def use_dense(tile: SkinnyTile | GemvTile) -> None:
@@ -99,13 +107,11 @@ def use_dense(tile: SkinnyTile | GemvTile) -> None:
         gemm.SKINNY_TILES[torch.float8_e4m3fn] = ((128, tile),)
 
 
-def use_up(value: tuple[Tile | GemvTile, int]) -> None:
-    """The experts' first products and what they prefetch."""
-    tile, moe_few.GATE_UP_PREFETCH = value
+def use_up(tile: Tile | GemvTile) -> None:
+    """The experts' first products."""
     moe_few.UP_ONE_TILE = tile if isinstance(tile, GemvTile) else None
-    if isinstance(tile, GemvTile):
-        return
-    moe_few.FEW_TILES = (tile, moe_few.FEW_TILES[1])
+    if isinstance(tile, Tile):
+        moe_few.FEW_TILES = (tile, moe_few.FEW_TILES[1])
 
 
 def use_down(tile: Tile | GemvTile) -> None:
@@ -120,6 +126,11 @@ def use_decode(tile: DecodeTile) -> None:
     attention_decode.SMALL_STEP_TILES = ((16, tile),)
 
 
+def use_rope_attention(tile: DecodeTile) -> None:
+    """Attention of one token, rope included."""
+    rope_attention.TILE = tile
+
+
 def knobs(tokens: int) -> list[Knob]:
     """What to try at this size, in this order."""
     one = tokens == 1
@@ -127,8 +138,8 @@ def knobs(tokens: int) -> list[Knob]:
         Knob("overlap", use_overlap, OVERLAPS),
         Knob("dense", use_dense, (*GEMV, *SKINNY) if one else SKINNY),
         Knob("down", use_down, (*DOWN_ONE, *DOWN[:3]) if one else DOWN),
-        Knob("decode", use_decode, DECODE),
-        Knob("up", use_up, (*((tile, 0) for tile in UP_ONE), *UP) if one else UP),
+        Knob("attention", use_rope_attention, DECODE_ONE) if one else Knob("decode", use_decode, DECODE),
+        Knob("up", use_up, (*UP_ONE, *UP) if one else UP),
     ]
 
 
@@ -140,9 +151,9 @@ def shipped() -> dict[str, Any]:
         "down_one": moe_few.DOWN_ONE_TILE,
         "skinny": gemm.SKINNY_TILES[torch.float8_e4m3fn],
         "few": moe_few.FEW_TILES,
-        "prefetch": moe_few.GATE_UP_PREFETCH,
         "decode": attention_decode.SMALL_STEP_TILES,
-        "overlap": (overlap.OVERLAP_ROWS, overlap.EARLY),
+        "rope_attention": rope_attention.TILE,
+        "overlap": overlap.OVERLAP_ROWS,
     }
 
 
@@ -151,9 +162,9 @@ def start_from_tables(tables: dict[str, Any]) -> None:
     gemm.GEMV_TILE = tables["gemv"]
     moe_few.UP_ONE_TILE, moe_few.DOWN_ONE_TILE = tables["up_one"], tables["down_one"]
     gemm.SKINNY_TILES[torch.float8_e4m3fn] = tables["skinny"]
-    moe_few.FEW_TILES, moe_few.GATE_UP_PREFETCH = tables["few"], tables["prefetch"]
+    moe_few.FEW_TILES = tables["few"]
     attention_decode.SMALL_STEP_TILES = tables["decode"]
-    overlap.OVERLAP_ROWS, overlap.EARLY = tables["overlap"]
+    rope_attention.TILE, overlap.OVERLAP_ROWS = tables["rope_attention"], tables["overlap"]
 
 
 @torch.inference_mode()
@@ -198,7 +209,7 @@ def main() -> None:
         batches = [scout.batch(tokens, 0) for _ in range(BATCHES)]
         checks = [(batch, reference(scout, batch)) for batch in batches]
 
-        def measure(name: str, case: str = case, checks: list[tuple[Batch, torch.Tensor]] = checks) -> float:
+        def measure(name: str, case: str = case, checks: list[tuple[Batch, Expected]] = checks) -> float:
             """Microseconds a layer with what is in force, or infinity where it is wrong, fails or comes too late."""
             if time.monotonic() - began > LIMIT_S:
                 report.fail(case, name, "no time left")

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from outrider.kernels._dispatch import arrival_counters, ceil_div, interpreted, num_sms, power_of_two_at_least
 from outrider.kernels.attention_merge import _merge_kernel, merge_group, split_bounds, store_rows
-from outrider.kernels.overlap import let_next_start, overlap_options, wait_for_inputs
+from outrider.kernels.overlap import overlap_options, wait_for_inputs
 
 LOG2_E = 1.4426950408889634
 FP8 = torch.float8_e4m3fn
@@ -103,7 +103,6 @@ def _decode_kernel(
     OVERLAP: tl.constexpr,
 ):
     # With MERGE the last program of a kv head to arrive merges its splits, so many at once: always in their order.
-    let_next_start(OVERLAP)
     wait_for_inputs(OVERLAP)
     kv_head, seq, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(seq_lens_ptr + seq)
@@ -291,7 +290,7 @@ _NUMBERS = {
     "out_scale_ptr": "*fp32",
 }
 _QUANTIZED = {**_POINTERS, **_NUMBERS, "out_ptr": "*fp8e4nv"}
-_SHAPE = {"GROUP": 5, "D": 128, "BLOCK_SIZE": 64, "TILE": 64, "COMPUTE": tl.float16, "OVERLAP": 2}
+_SHAPE = {"GROUP": 5, "D": 128, "BLOCK_SIZE": 64, "TILE": 64, "COMPUTE": tl.float16, "OVERLAP": True}
 _OPTIONS = {"num_warps": DecodeTile().num_warps, "num_stages": DecodeTile().num_stages}
 AOT_SPECS = [
     (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from outrider.kernels.overlap import let_next_start, wait_for_inputs
+from outrider.kernels.overlap import wait_for_inputs
 from outrider.kernels.quantize import to_fp8
 
 
@@ -90,7 +90,6 @@ def _merge_kernel(
     OVERLAP: tl.constexpr,
 ):
     """One program merges the splits of one head of one sequence; the weights are their softmax masses."""
-    let_next_start(OVERLAP)
     wait_for_inputs(OVERLAP)
     head, seq = tl.program_id(0), tl.program_id(1)
     length = tl.load(seq_lens_ptr + seq)
@@ -124,6 +123,6 @@ _MERGE_CONSTANTS = {
     "CHUNK": 0,
     "SPLITS": 64,
     "MODEL_DTYPE": tl.bfloat16,
-    "OVERLAP": 2,
+    "OVERLAP": True,
 }
 AOT_SPECS = [(_merge_kernel, _MERGE, {**_MERGE_CONSTANTS, "QUANTIZE": True})]

@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from outrider.kernels._dispatch import arrival_counters, ceil_div, num_sms, on_gpu, power_of_two_at_least
 from outrider.kernels.gemv import GemvTile, gemv_triton
 from outrider.kernels.invariant import is_invariant
-from outrider.kernels.overlap import let_next_start, overlap_options, prefetch_rows, wait_for_inputs
+from outrider.kernels.overlap import overlap_options, prefetch_rows, wait_for_inputs
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,6 @@ def _skinny_kernel(
     OVERLAP: tl.constexpr,
 ):
     # The last program of a tile to arrive adds the partial sums in a fixed order: deterministic.
-    let_next_start(OVERLAP)
     tile_n = tl.program_id(0)
     split = tl.program_id(1)
     tile_m = tl.program_id(2)
@@ -305,7 +304,7 @@ def _aot_spec(fp8: bool, rows: int, split_k: int, tile: SkinnyTile):
         "OUTPUTS": tile.outputs,
         "DEPTH": tile.depth,
         "PREFETCH": tile.prefetch,
-        "OVERLAP": 2 * (rows == 16),
+        "OVERLAP": rows == 16,
     }
     return _skinny_kernel, signature, constants, {"num_warps": tile.warps, "num_stages": tile.stages}
 

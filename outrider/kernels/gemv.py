@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from outrider.kernels._dispatch import ceil_div
-from outrider.kernels.overlap import let_next_start, overlap_options, wait_for_inputs
+from outrider.kernels.overlap import overlap_options, wait_for_inputs
 
 MAX_BYTES_A_THREAD = 384
 """Weights that a thread can hold and still multiply without spilling: 96 registers."""
@@ -88,7 +88,6 @@ def _gemv_kernel(
     STEP: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    let_next_start(OVERLAP)
     first = tl.program_id(0) * OUTPUTS
     tiles = _load_rows(w_ptr, first, num_outputs, DEPTH, OUTPUTS, STEP)
     outputs = first + tl.arange(0, OUTPUTS)
@@ -121,7 +120,6 @@ def _down_one_kernel(
     OVERLAP: tl.constexpr,
 ):
     """The second products of the shared and of the chosen expert for one token, added as the model adds them."""
-    let_next_start(OVERLAP)
     first = tl.program_id(0) * OUTPUTS
     shared_tiles = _load_rows(shared_ptr, first, size, SHARED_DEPTH, OUTPUTS, STEP)
     outputs = first + tl.arange(0, OUTPUTS)
@@ -231,14 +229,14 @@ AOT_SPECS = [
     (
         _gemv_kernel,
         _GEMV,
-        {"HAS_X_SCALE": False, "DEPTH": 5120, "OUTPUTS": 8, "STEP": 512, "OVERLAP": 2},
+        {"HAS_X_SCALE": False, "DEPTH": 5120, "OUTPUTS": 8, "STEP": 512, "OVERLAP": True},
         {"num_warps": 4},
         (*_ALIGNED, "num_outputs"),
     ),
     (
         _down_one_kernel,
         _DOWN,
-        {"DEPTH": 8192, "SHARED_DEPTH": 8192, "OUTPUTS": 2, "STEP": 1024, "OVERLAP": 2},
+        {"DEPTH": 8192, "SHARED_DEPTH": 8192, "OUTPUTS": 2, "STEP": 1024, "OVERLAP": True},
         {"num_warps": 4},
         (*_ALIGNED, "shared_ptr", "shared_x_ptr", "size"),
     ),

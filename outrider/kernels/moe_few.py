@@ -22,7 +22,6 @@ from outrider.kernels.moe import moe_fp8_reference, route_reference
 from outrider.kernels.moe_few_kernels import (
     FEW_ROWS,
     FEW_TILES,
-    GATE_UP_PREFETCH,
     _few_down_kernel,
     _few_gate_up_kernel,
 )
@@ -235,7 +234,6 @@ def few_gate_up_triton(
         TensorDescriptor.from_tensor(rows.x, [FEW_ROWS, tile.depth]),
         TensorDescriptor.from_tensor(experts.w13.view(-1, depth), weight_block),
         TensorDescriptor.from_tensor(shared.gate_up, weight_block),
-        shared.gate_up,
         hidden,
         shared_hidden,
         rows.expert_ids,
@@ -254,7 +252,6 @@ def few_gate_up_triton(
         OUTPUTS=tile.outputs,
         DEPTH=tile.depth,
         BINS=power_of_two_at_least(num_local, 16),
-        PREFETCH=GATE_UP_PREFETCH,
         num_warps=tile.warps,
         num_stages=tile.stages,
         **overlap_options(x.device, num_tokens),

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from outrider.kernels.moe_gemm import Tile
-from outrider.kernels.overlap import let_next_start, prefetch_rows, wait_for_inputs
+from outrider.kernels.overlap import wait_for_inputs
 from outrider.kernels.quantize import to_fp8
 
 FEW_ROWS = 16
@@ -23,9 +23,6 @@ H200, 2026-11-26, a whole layer: gate-up of depth 256 instead of 128 106.6 / 108
 379.6 / 384.0 at 16; two splits of the down product instead of one or three 185.0 / 188.3 / 186.4 at 4:
 benchmarks/results/kernels_few_h200.json
 """
-
-GATE_UP_PREFETCH = 0
-"""Bytes of each row of the shared expert's gate and up that come into the L2 cache before the rows are routed."""
 
 
 @triton.jit
@@ -74,7 +71,6 @@ def _few_gate_up_kernel(
     x_desc,
     w_desc,
     shared_desc,
-    shared_ptr,
     out_ptr,
     shared_out_ptr,
     ids_ptr,
@@ -93,18 +89,13 @@ def _few_gate_up_kernel(
     OUTPUTS: tl.constexpr,
     DEPTH: tl.constexpr,
     BINS: tl.constexpr,
-    PREFETCH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     # The shared expert's tiles come first, then those of each chosen expert; the grid allows for the most.
-    let_next_start(OVERLAP)
     program = tl.program_id(0)
     shared_tiles = tl.cdiv(shared_inter, OUTPUTS)
     if program < shared_tiles:
         row = program * OUTPUTS
-        prefetch_rows(shared_ptr, row, shared_inter, depth, OUTPUTS, PREFETCH, OVERLAP)
-        up_ptr = shared_ptr + shared_inter.to(tl.int64) * depth
-        prefetch_rows(up_ptr, row, shared_inter, depth, OUTPUTS, PREFETCH, OVERLAP)
         outputs = row + tl.arange(0, OUTPUTS)
         inside = outputs < shared_inter
         scale = tl.load(shared_x_scale_ptr)
@@ -176,7 +167,6 @@ def _few_down_kernel(
 ):
     # Of a column tile's programs (splits of the shared and of every chosen expert) the last to arrive adds the
     # partial sums in a fixed order, so the result does not depend on who was last.
-    let_next_start(OVERLAP)
     wait_for_inputs(OVERLAP)
     program = tl.program_id(0)
     split = program % SPLIT_K
@@ -236,7 +226,7 @@ _SCALES = {
 }
 
 
-def _aot_specs(up: Tile, down: Tile, prefetch: int):
+def _aot_specs(up: Tile, down: Tile):
     """(kernel, signature, constants, options) of the two products with these tiles."""
 
     def descriptors(tile: Tile, *names: str) -> dict[str, str]:
@@ -248,7 +238,6 @@ def _aot_specs(up: Tile, down: Tile, prefetch: int):
         **descriptors(up, "x_desc", "w_desc", "shared_desc"),
         "out_ptr": "*fp8e4nv",
         "shared_out_ptr": "*fp8e4nv",
-        "shared_ptr": "*fp8e4nv",
         "out_scale_ptr": "*fp32",
         "shared_out_scale_ptr": "*fp32",
         "inter": "i32",
@@ -270,7 +259,7 @@ def _aot_specs(up: Tile, down: Tile, prefetch: int):
             "OUTPUTS": tile.outputs,
             "DEPTH": tile.depth,
             "BINS": 16,
-            "OVERLAP": 2,
+            "OVERLAP": True,
             **others,
         }
 
@@ -281,14 +270,11 @@ def _aot_specs(up: Tile, down: Tile, prefetch: int):
         (
             _few_gate_up_kernel,
             up_signature,
-            constants(up, MODEL_DTYPE=tl.bfloat16, PREFETCH=prefetch),
+            constants(up, MODEL_DTYPE=tl.bfloat16),
             options(up),
         ),
         (_few_down_kernel, down_signature, constants(down, SPLIT_K=down.split_k), options(down)),
     ]
 
 
-AOT_SPECS = [
-    *_aot_specs(*FEW_TILES, prefetch=0),
-    *_aot_specs(*FEW_TILES, prefetch=512),
-]
+AOT_SPECS = _aot_specs(*FEW_TILES)

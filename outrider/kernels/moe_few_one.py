@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from outrider.kernels.gemv import _load_tiles, _multiply
-from outrider.kernels.overlap import let_next_start, wait_for_inputs
+from outrider.kernels.overlap import wait_for_inputs
 from outrider.kernels.quantize import to_fp8
 
 
@@ -59,7 +59,6 @@ def _gate_up_one_kernel(
     STEP: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    let_next_start(OVERLAP)
     shared_programs = tl.cdiv(shared_inter, OUTPUTS)
     program = tl.program_id(0)
     if program < shared_programs:
@@ -105,7 +104,7 @@ AOT_SPECS = [
     (
         _gate_up_one_kernel,
         {**_POINTERS, **_SCALES, "inter": "i32", "shared_inter": "i32"},
-        {"MODEL_DTYPE": tl.bfloat16, "DEPTH": 5120, "ROWS": 16, "OUTPUTS": 1, "STEP": 1024, "OVERLAP": 1},
+        {"MODEL_DTYPE": tl.bfloat16, "DEPTH": 5120, "ROWS": 16, "OUTPUTS": 1, "STEP": 1024, "OVERLAP": True},
         {"num_warps": 2},
         ("rows_ptr", "w_ptr", "shared_ptr", "out_ptr", "shared_out_ptr", "inter", "shared_inter"),
     )

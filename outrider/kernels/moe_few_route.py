@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from outrider.kernels.moe_few_kernels import FEW_ROWS
-from outrider.kernels.overlap import let_next_start, wait_for_inputs
+from outrider.kernels.overlap import wait_for_inputs
 from outrider.kernels.quantize import to_fp8
 
 ROUTE_GROUP, ROUTE_STEP, ROUTE_WARPS = 16, 1024, 16
@@ -73,7 +73,6 @@ def _norm_route_kernel(
     OVERLAP: tl.constexpr,
 ):
     """One program adds, normalises and routes one token and writes its row twice: scaled by the score, and as it is."""
-    let_next_start(OVERLAP)
     token = tl.program_id(0)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     columns = tl.arange(0, STEP)
@@ -146,7 +145,7 @@ AOT_SPECS = [
             "ROWS": FEW_ROWS,
             "GROUP": ROUTE_GROUP,
             "STEP": ROUTE_STEP,
-            "OVERLAP": 2,
+            "OVERLAP": True,
         },
         {"num_warps": ROUTE_WARPS},
         ("x_ptr", "residual_ptr", "norm_ptr", "router_ptr", "rows_ptr", "x_stride", "residual_stride"),

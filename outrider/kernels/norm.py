@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from outrider.kernels._dispatch import on_gpu, power_of_two_at_least
-from outrider.kernels.overlap import let_next_start, overlap_options, wait_for_inputs
+from outrider.kernels.overlap import overlap_options, wait_for_inputs
 from outrider.kernels.quantize import quantize_fp8_reference, to_fp8
 
 
@@ -80,7 +80,6 @@ def _rms_norm_kernel(
     OVERLAP: tl.constexpr,
 ):
     """One program normalises one row held whole in registers."""
-    let_next_start(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < num_cols
@@ -158,6 +157,6 @@ AOT_SPECS = [
     (
         _rms_norm_kernel,
         {**_ROW, **_SIZES},
-        {"HAS_RESIDUAL": True, "HAS_FP8": True, "BLOCK": 8192, "OVERLAP": 2},
+        {"HAS_RESIDUAL": True, "HAS_FP8": True, "BLOCK": 8192, "OVERLAP": True},
     )
 ]

@@ -1,10 +1,10 @@
 """Programmatic dependent launch: a kernel's blocks are set up while the kernel before still runs.
 
 Used by the kernels of a small decode step, which are as short as the gaps between them. The rule for a kernel that is
-launched with ``overlap_options``: it calls ``let_next_start`` first; before ``wait_for_inputs`` it may read weights and
-other constants, nothing that any kernel of the step writes, and it writes nothing. That suffices whatever the kernels:
-the wait ends when the kernel before has finished, which itself waited for the one before it, so behind the wait
-everything earlier is done and visible. Hopper and later; elsewhere launches follow one another as usual.
+launched with ``overlap_options``: before ``wait_for_inputs`` it may read weights and other constants, nothing that any
+kernel of the step writes, and it writes nothing. That suffices whatever the kernels: the wait ends when the kernel
+before has finished, which itself waited for the one before it, so behind the wait everything earlier is done and
+visible. Hopper and later; elsewhere launches follow one another as usual.
 """
 
 from __future__ import annotations
@@ -20,26 +20,12 @@ from outrider.kernels._dispatch import interpreted
 OVERLAP_ROWS = 16
 """Most rows of a launch that overlaps. H200, 2026-11-26: a layer 118.5 -> 111.6 us at one row, no gain from 16 on."""
 
-EARLY = False
-"""Whether a kernel lets the next one start before its own inputs are there, so that several wait in line.
-
-H200, 2026-11-26, a layer of one token: 108.0 us without overlap, 102.0 with it, 105.4 with an early start.
-"""
-
-
-@triton.jit
-def let_next_start(OVERLAP: tl.constexpr):
-    """Let the next kernel set up its blocks as soon as all of this one's have begun."""
-    if OVERLAP == 2:
-        tl.extra.cuda.gdc_launch_dependents()
-
 
 @triton.jit
 def wait_for_inputs(OVERLAP: tl.constexpr):
-    """Wait until the kernels before are done."""
+    """Wait until the kernels before are done, then let the next one set up its blocks: one waits at a time."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-    if OVERLAP == 1:
         tl.extra.cuda.gdc_launch_dependents()
 
 
@@ -65,11 +51,11 @@ def prefetch_rows(
         )
 
 
-def overlap_options(device: torch.device, rows: int) -> dict[str, int | bool]:
+def overlap_options(device: torch.device, rows: int) -> dict[str, bool]:
     """The launch arguments of a kernel that has an ``OVERLAP`` constant, in a step of ``rows`` rows."""
     if rows <= OVERLAP_ROWS and _has_dependent_launch(device):
-        return {"OVERLAP": 1 + EARLY, "launch_pdl": True}
-    return {"OVERLAP": 0}
+        return {"OVERLAP": True, "launch_pdl": True}
+    return {"OVERLAP": False}
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from outrider.kernels._dispatch import ceil_div, on_gpu
-from outrider.kernels.overlap import let_next_start, overlap_options, wait_for_inputs
+from outrider.kernels.overlap import overlap_options, wait_for_inputs
 from outrider.kernels.quantize import FP8_MAX, to_fp8
 
 
@@ -181,7 +181,6 @@ def _qkv_rope_store_kernel(
     OVERLAP: tl.constexpr,
 ):
     """One program takes ``BLOCK`` consecutive heads (of q, k or v) of one token, as two halves of every pair."""
-    let_next_start(OVERLAP)
     wait_for_inputs(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -310,7 +309,7 @@ _SHAPE = {
     "BLOCK_SIZE": 64,
     "FP8": True,
     "BLOCK": HEADS_PER_PROGRAM,
-    "OVERLAP": 2,
+    "OVERLAP": True,
 }
 _ROTATED = {"ROTATE": True, "NORM": True, "TEMPERATURE": False}
 AOT_SPECS = [

@@ -23,7 +23,7 @@ from outrider.kernels.attention_decode import (
 )
 from outrider.kernels.attention_merge import merge_group, split_bounds
 from outrider.kernels.invariant import is_invariant
-from outrider.kernels.overlap import let_next_start, overlap_options, wait_for_inputs
+from outrider.kernels.overlap import overlap_options, wait_for_inputs
 from outrider.kernels.quantize import to_fp8
 from outrider.kernels.rope import RopeSpec, load_pairs, qkv_rope_store_reference, turn_pairs
 
@@ -132,7 +132,6 @@ def _rope_decode_kernel(
     OVERLAP: tl.constexpr,
 ):
     # Everything that is read before the wait was written by earlier steps or by the host.
-    let_next_start(OVERLAP)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     TURNED: tl.constexpr = triton.next_power_of_2(GROUP)
     kv_head, seq, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -241,14 +240,16 @@ def rope_attention(
     k_scale: float,
     v_scale: float,
     out_scale: torch.Tensor | None = None,
-    tile: DecodeTile = TILE,
+    tile: DecodeTile | None = None,
 ) -> torch.Tensor:
     """``qkv_rope_store`` and ``paged_attention`` of a step of decodes: ``qkv [S, (H + 2K) * D]`` to ``[S, H * D]``.
 
     The new token of a sequence has position ``seq_len - 1``; a sequence of length 0 is padding: nothing is stored and
-    its row is zeros. Other arguments as in the two ops; no sequence may read another's slot of this step.
+    its row is zeros. Other arguments as in the two ops; no sequence may read another's slot of this step. ``tile``
+    overrides ``TILE``.
     """
     num_seqs, heads, kv_heads, head_dim = len(seq_lens), spec.num_heads, spec.num_kv_heads, spec.head_dim
+    tile = tile or TILE
     visible = min(max_seq_len, chunk_size) if chunk_size else max_seq_len
     num_splits = pick_num_splits(num_seqs, kv_heads, visible, num_sms(qkv.device), tile)
     device = qkv.device
@@ -339,7 +340,7 @@ def _aot_spec(tile: DecodeTile, rotate: bool):
         "INTERLEAVED": True,
         "NORM": rotate,
         "TEMPERATURE": not rotate,
-        "OVERLAP": 1,
+        "OVERLAP": True,
     }
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     aligned = (
