@@ -67,7 +67,7 @@ def test_few_rows(tiles, tokens, experts, expert_range, shared_inter):
         assert float((out - expected).norm() / expected.norm()) < LIMIT
 
 
-@pytest.mark.parametrize("up", [GemvTile(1, 1024, 2), GemvTile(32, 64, 4), None])
+@pytest.mark.parametrize("up", [GemvTile(8, 1024, 2), GemvTile(32, 64, 4), None])
 @pytest.mark.parametrize(("experts", "expert_range", "shared_inter"), [(4, (0, 4), 80), (20, (4, 9), 48)])
 def test_one_token_without_tensor_cores(monkeypatch, up, experts, expert_range, shared_inter):
     """Guards: a gate taken for an up, rows beyond the last, an expert that another rank holds, exchanged inputs."""
