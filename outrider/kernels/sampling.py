@@ -98,11 +98,19 @@ class TopLogprobs(NamedTuple):
     top_logprobs: torch.Tensor
 
 
+LOGPROB_ROWS = 64
+"""Rows whose logits exist in float32 at once, besides what sampling itself needs (64 x 202,048 x 4 B = 49 MiB)."""
+
+
 def top_logprobs(logits: torch.Tensor, ids: torch.Tensor, k: int) -> TopLogprobs:
     """Raw float32 log-softmax of ``logits [N, V]`` at ``ids [N]`` (-1 is read as 0) and at the k most likely ids."""
     if is_invariant():
         return TopLogprobs(*by_blocks(lambda x, i: _top_logprobs(x, i, k, stable=True), logits, ids))
-    return _top_logprobs(logits, ids, k, stable=False)
+    parts = [
+        _top_logprobs(logits[i : i + LOGPROB_ROWS], ids[i : i + LOGPROB_ROWS], k, stable=False)
+        for i in range(0, max(1, len(ids)), LOGPROB_ROWS)
+    ]
+    return parts[0] if len(parts) == 1 else TopLogprobs(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _top_logprobs(logits: torch.Tensor, ids: torch.Tensor, k: int, stable: bool) -> TopLogprobs:
