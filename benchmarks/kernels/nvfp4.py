@@ -22,31 +22,34 @@ DENSE = {"qkv": (7168, 5120), "o": (5120, 5120), "gate_up": (16384, 5120), "down
 Pair = tuple[StreamTile, StreamTile]
 
 
-def _pair(*constants: int | bool) -> Pair:
+def _pair(*constants: int) -> Pair:
     return StreamTile(*constants), StreamTile(*constants)
 
 
-SMALL, MASKED = _pair(16, 4, 4), (1, True)
+TILE_16, TILE_32, TILE_64, TILE_128 = (
+    _pair(16, 4, 3, 4),
+    _pair(32, 4, 3, 4),
+    _pair(64, 8, 3, 2),
+    _pair(128, 8, 4, 1),
+)
 CANDIDATES: dict[int, list[Pair]] = {
-    1: [(StreamTile(16, 4, 4), StreamTile(16, 4, 4, split_k=k)) for k in (4, 2)],
-    64: [SMALL, _pair(16, 4, 4, *MASKED)],
-    256: [_pair(32, 4, 3), _pair(32, 4, 3, *MASKED), _pair(64, 4, 2, *MASKED)],
-    512: [
-        _pair(64, 4, 2),
-        _pair(64, 4, 2, *MASKED),
-        _pair(64, 8, 3, *MASKED),
-        _pair(32, 4, 3, *MASKED),
-    ],
-    1024: [_pair(128, 8, 2), _pair(128, 8, 2, *MASKED), _pair(64, 4, 2, *MASKED)],
-    2048: [_pair(128, 8, 2), _pair(128, 8, 2, *MASKED), _pair(64, 4, 2, *MASKED)],
-    4096: [_pair(128, 8, 2), _pair(128, 8, 2, *MASKED)],
+    1: [(StreamTile(16, 4, 3, 4), StreamTile(16, 4, 3, 4, split_k=k)) for k in (4, 2)],
+    64: [TILE_16],
+    256: [TILE_16, TILE_32],
+    448: [TILE_32, TILE_64],
+    512: [TILE_32, TILE_64],
+    912: [TILE_64, TILE_128],
+    1024: [TILE_64, TILE_128],
+    2048: [TILE_64, TILE_128],
+    4096: [TILE_128],
     8192: [],
 }
 MORE: dict[int, list[Pair]] = {
-    256: [SMALL, _pair(32, 8, 4), _pair(32, 4, 2)],
-    512: [_pair(64, 8, 2, *MASKED), _pair(64, 4, 3, *MASKED), _pair(128, 8, 2, *MASKED)],
-    1024: [_pair(64, 4, 2), _pair(64, 8, 3)],
-    8192: [_pair(128, 8, 2)],
+    64: [_pair(16, 4, 4, 3), _pair(16, 4, 7, 2)],
+    256: [_pair(32, 4, 4, 3), _pair(32, 4, 6, 2), _pair(32, 8, 4, 2)],
+    512: [_pair(64, 4, 4, 2), _pair(64, 4, 2, 4), _pair(64, 8, 6, 1)],
+    1024: [_pair(128, 8, 3, 1)],
+    8192: [TILE_128],
 }
 
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -73,9 +76,8 @@ def gaussian_part(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def label(tile: StreamTile) -> str:
     """A tile in a few characters."""
-    name = f"{tile.rows} rows w{tile.warps} st{tile.stages}"
-    name += f" k{tile.split_k}" if tile.split_k > 1 else ""
-    return name + " masked" * tile.masked
+    name = f"{tile.rows} rows w{tile.warps} st{tile.stages} x{tile.programs}"
+    return name + (f" k{tile.split_k}" if tile.split_k > 1 else "")
 
 
 def timed(
@@ -146,7 +148,7 @@ def bench_dense(report: Report, name: str) -> None:
         one_group = torch.tensor([0, rows], dtype=torch.int32, device="cuda")
         for split_k in (1, 2, 4):
             fixed = (x, index, one_group)
-            tile = StreamTile(16, 4, 4, split_k)
+            tile = StreamTile(16, 4, 3, 4, split_k)
             calls = [lambda w=w, fixed=fixed, tile=tile: stream_dense(*fixed, w, tile) for w in repacked]
             timed(report, case, label(tile), calls, x.float() @ exact.T, 0.06, exact.numel() * 9 / 16, flops)
 

@@ -19,11 +19,11 @@ from outrider.kernels.nvfp4_stream import StreamTile, stream_triton
 from outrider.kernels.quantize import quantize_fp8_rowwise
 
 STREAM_TILES = (
-    (1, StreamTile(16, 4, 4), StreamTile(16, 4, 4, split_k=4)),
-    (12, StreamTile(16, 4, 4), StreamTile(16, 4, 4)),
-    (28, StreamTile(32, 4, 3), StreamTile(32, 4, 3)),
-    (88, StreamTile(64, 4, 2), StreamTile(64, 4, 2)),
-    (288, StreamTile(128, 8, 2), StreamTile(128, 8, 2)),
+    (1, StreamTile(16, 4, 3, 4), StreamTile(16, 4, 3, 4, split_k=4)),
+    (12, StreamTile(16, 4, 3, 4), StreamTile(16, 4, 3, 4)),
+    (28, StreamTile(32, 4, 3, 4), StreamTile(32, 4, 3, 4)),
+    (66, StreamTile(64, 8, 3, 2), StreamTile(64, 8, 3, 2)),
+    (288, StreamTile(128, 8, 4, 1), StreamTile(128, 8, 4, 1)),
 )
 """(most rows an expert on average, gate-up tile, down tile), as measured on an H200; above, decoded to memory first.
 

@@ -25,6 +25,30 @@ def decode_e2m1(code):
     return tl.where(code >= 8, -magnitude, magnitude)
 
 
+def block_ptx(scale: str, byte: int, words: tuple[str, str], out: tuple[str, ...]) -> str:
+    """PTX that turns a repacked block, 16 codes in two registers, into four registers of 4 e4m3 values.
+
+    Byte ``byte`` of register ``scale`` is a scale byte of ``nvfp4_repack``: the e4m3 code c of half the scale, with
+    bit 7 saying whether 1.5 x the scale rounds up. The magnitudes' codes are 0, c, c+8, c+12+up, c+16, c+20+up, c+24,
+    c+28+up: a table of eight bytes, from which one byte permute looks up four values. Adding 0x80 to the byte below an
+    odd entry carries ``up`` into it; what that leaves in bits 7 is where signs go. Signs wait in bits 7, 15, 23, 31
+    for the low four values of a word and in 3, 11, 19, 27 for the high four.
+    """
+    lines = [
+        "{ .reg .b32 s, lo, hi, t, v, u;",
+        f"prmt.b32 s, {scale}, 0, {hex(0x4440 + byte)};",
+        "mad.lo.u32 lo, s, 0x01010100, 0x0C880000; mad.lo.u32 hi, s, 0x01010101, 0x1C981490;",
+    ]
+    for word, low, high in zip(words, out[0::2], out[1::2], strict=True):
+        lines += [
+            f"and.b32 t, {word}, 0x77777777;",
+            f"prmt.b32 v, lo, hi, t; lop3.b32 {low}, v, {word}, 0x80808080, 0xD8;",
+            f"shr.u32 t, t, 16; shl.b32 u, {word}, 4;",
+            f"prmt.b32 v, lo, hi, t; lop3.b32 {high}, v, u, 0x80808080, 0xD8;",
+        ]
+    return "\n".join([*lines, "}"])
+
+
 @triton.jit
 def stream_source(place):
     """The in feature at place ``place`` of a row of activations in the order of ``nvfp4_repack``'s weights."""

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from outrider.kernels._dispatch import interpreted, power_of_two_at_least
 from outrider.kernels.moe_dispatch import ROW_PADDING
-from outrider.kernels.nvfp4_decode import stream_source
+from outrider.kernels.nvfp4_decode import block_ptx, stream_source
 from outrider.kernels.quantize import MIN_ROW_SCALE, to_fp8
 
 CHUNK = 512
@@ -107,28 +107,9 @@ def _repack_kernel(
     tl.store(s_out_ptr + tile.to(tl.int64) * WORDS + _scale_place(row, block), packed.to(tl.uint8))
 
 
-def _unpack_asm() -> str:
-    """PTX for one block: word $4, scale byte $5 -> 4 registers of 4 e4m3 values; see ``nvfp4_stream``."""
-    lines = [
-        "{ .reg .b32 s, u, lo, hi, t, v, a, b;",
-        "prmt.b32 s, $5, 0, 0x0000; shr.u32 u, s, 7;",
-        "and.b32 hi, s, 0x7F7F7F7F; and.b32 v, u, 0x01000100;",
-        "add.u32 hi, hi, v; add.u32 hi, hi, 0x1C181410;",
-        "and.b32 lo, s, 0x7F7F7F00; and.b32 v, u, 0x01000000;",
-        "add.u32 lo, lo, v; add.u32 lo, lo, 0x0C080000;",
-        "mov.b64 {a, b}, $4;",
-    ]
-    for out, word in ((0, "a"), (2, "b")):
-        lines += [
-            f"and.b32 t, {word}, 0x77777777;",
-            f"prmt.b32 v, lo, hi, t; lop3.b32 ${out}, v, {word}, 0x80808080, 0xF8;",
-            f"shr.u32 t, t, 16; shl.b32 u, {word}, 4;",
-            f"prmt.b32 v, lo, hi, t; lop3.b32 ${out + 1}, v, u, 0x80808080, 0xF8;",
-        ]
-    return "\n".join(lines) + "}"
-
-
-_UNPACK_ASM = tl.constexpr(_unpack_asm())
+_UNPACK_ASM = tl.constexpr(
+    "{ .reg .b32 a, b; mov.b64 {a, b}, $4;" + block_ptx("$5", 0, ("a", "b"), ("$0", "$1", "$2", "$3")) + "}"
+)
 _UNPACK_CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r,l,r")
 
 

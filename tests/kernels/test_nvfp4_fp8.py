@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import re
+
 import exact_casts  # noqa: F401
 import pytest
 import torch
@@ -9,6 +12,7 @@ from test_nvfp4 import DEVICE, GPU, WIDE, decode_slowly, error, random_weights
 
 from outrider.kernels import moe, nvfp4
 from outrider.kernels.moe_nvfp4 import moe_nvfp4_repacked
+from outrider.kernels.nvfp4_decode import block_ptx
 from outrider.kernels.nvfp4_repack import can_repack, quantize_stream, repack_nvfp4_, unpack_to_fp8
 from outrider.kernels.nvfp4_stream import StreamTile
 
@@ -41,6 +45,46 @@ def test_blocks_with_tiny_scales_keep_their_values():
     assert (decoded[0, 0, :64] == 0).all()
     small = (scale.float() < 0.25).repeat_interleave(16, dim=-1) & (exact.abs() < 0.5)
     assert ((decoded - exact).abs()[small] <= 0.0625 + 2.0**-7).all()
+
+
+def run_ptx(text: str, registers: dict[str, int]) -> dict[str, int]:
+    """What the few instructions of ``block_ptx`` leave in the registers."""
+
+    def value(operand: str) -> int:
+        return registers[operand] if operand in registers else int(operand, 0)
+
+    for operation, operands in re.findall(r"(prmt|mad\.lo|and|lop3|shr|shl)\S* ([^;{}]+);", text):
+        target, *names = [operand.strip() for operand in operands.split(",")]
+        a, b, *rest = map(value, names)
+        if operation == "prmt":
+            source = (b << 32 | a).to_bytes(8, "little")
+            result = sum(source[rest[0] >> 4 * i & 7] << 8 * i for i in range(4))
+        elif operation == "lop3":
+            bits = [(a >> i & 1) << 2 | (b >> i & 1) << 1 | rest[0] >> i & 1 for i in range(32)]
+            result = sum((rest[1] >> bit & 1) << i for i, bit in enumerate(bits))
+        else:
+            result = {"mad.lo": a * b + sum(rest), "and": a & b, "shr": a >> b, "shl": a << b}[operation]
+        registers[target] = result & 0xFFFFFFFF
+    return registers
+
+
+def test_the_assembly_looks_up_every_code():
+    """Guards: a carry into the wrong byte of the table, a sign from the wrong bit; every scale, code and sign."""
+    names = ("%w0", "%w1"), ("%o0", "%o1", "%o2", "%o3")
+    for scale in range(40 - 32, 0x7E - 32 + 1):
+        for up in (0, 1):
+            codes = random.sample([*range(16)], 16)
+            words = [0, 0]
+            for place, code in enumerate(codes):
+                i = place % 8
+                sign_at = 8 * i + 7 if i < 4 else 8 * i - 29
+                words[place // 8] |= (code & 7) << 4 * i | (code >> 3) << sign_at
+            scales = random.getrandbits(32) & ~0xFF00 | (scale | up << 7) << 8
+            start = {"%s": scales, names[0][0]: words[0], names[0][1]: words[1]}
+            end = run_ptx(block_ptx("%s", 1, *names), start)
+            found = [end[name] >> 8 * i & 255 for name in names[1] for i in range(4)]
+            steps = (0, 0, 8, 12 + up, 16, 20 + up, 24, 28 + up)
+            assert found == [(c >> 3) << 7 | (scale + steps[c & 7] if c & 7 else 0) for c in codes]
 
 
 def test_activations_follow_the_order_of_the_weights():
@@ -87,8 +131,8 @@ def test_which_matrices_divide_into_tiles():
     "tiles",
     [
         None,
-        (StreamTile(32, 4, 3), StreamTile(16, 8, 3, split_k=2)),
-        (StreamTile(64, 4, 2, masked=True), StreamTile(64, 4, 2, masked=True)),
+        (StreamTile(32, 4, 3, 4), StreamTile(16, 8, 3, 2, split_k=2)),
+        (StreamTile(64, 8, 3, 2), StreamTile(128, 8, 4, 1)),
     ],
 )
 @pytest.mark.parametrize("expert_range", [None, (2, 4)])
@@ -102,3 +146,19 @@ def test_experts_streamed_as_fp8(tokens, tiles, expert_range):
     weights = (*repacked(*up[:2], True), up[2], *repacked(*down[:2], False), down[2])
     out = moe_nvfp4_repacked(x, ids, scores, *weights, expert_range, tiles)
     assert error(out, exact.double()) < 0.09
+
+
+@pytest.mark.skipif(not GPU, reason="Gluon kernels have no interpreter; benchmarks check them too")
+@pytest.mark.parametrize("tile", [StreamTile(32, 4, 3, 4), StreamTile(64, 8, 3, 2), StreamTile(128, 8, 4, 1)])
+def test_every_tile_gives_the_same_bits(tile):
+    """Guards: a stage refilled while it is read, registers reused under a running product; empty and full experts."""
+    up, down = random_weights(4, 1024, 5120), random_weights(4, 1024, 512)
+    weights = (*repacked(*up[:2], True), up[2], *repacked(*down[:2], False), down[2])
+    small = (StreamTile(16, 4, 3, 4),) * 2
+    for tokens in (1, 130, 400):
+        x = torch.randn(tokens, 5120, device=DEVICE, dtype=torch.bfloat16) * 0.03
+        ids, scores = moe.route(torch.randn(tokens, 4, device=DEVICE), 1)
+        ids[ids == 1] = 3
+        expected = moe_nvfp4_repacked(x, ids, scores, *weights, None, small)
+        for _ in range(3):
+            assert torch.equal(moe_nvfp4_repacked(x, ids, scores, *weights, None, (tile, tile)), expected)

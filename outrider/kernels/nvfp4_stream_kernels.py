@@ -1,0 +1,259 @@
+"""The Gluon kernel of ``nvfp4_stream``: grouped products of e4m3 rows with repacked NVFP4 weights, and split sums.
+
+The copy engine fills a ring of stages, each half a chunk (256 in features) of activations, words and scales. Words go
+from a stage to registers, are decoded there and multiply from there; activations multiply from their stage.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from outrider.kernels.nvfp4_decode import block_ptx
+
+# Names since, and before, Triton 3.7.
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+
+def _decode_asm(half: int) -> str:
+    """PTX for blocks 2 half and 2 half + 1 of four: words $8..$11, scale bytes $12 -> 8 registers of 4 e4m3 values."""
+    return "\n".join(
+        block_ptx(
+            "$12",
+            2 * half + block,
+            (f"${8 + 2 * block}", f"${9 + 2 * block}"),
+            tuple(f"${4 * block + i}" for i in range(4)),
+        )
+        for block in range(2)
+    )
+
+
+_LOW_ASM = gl.constexpr(_decode_asm(0))
+_HIGH_ASM = gl.constexpr(_decode_asm(1))
+_CONSTRAINTS = gl.constexpr(",".join(["=&r"] * 8 + ["r"] * 5))
+
+
+@gluon.jit
+def _operand(p0, p1, p2, p3, layout: gl.constexpr):
+    """Four [M, 32] pieces side by side as one [M, 128] register operand."""
+    pieces = gl.join(gl.join(p0, p2), gl.join(p1, p3))
+    M: gl.constexpr = p0.shape[0]
+    return gl.convert_layout(gl.reshape(gl.permute(pieces, (0, 2, 3, 1)), (M, 128)), layout)
+
+
+@gluon.jit
+def _decode(w_smem, s_smem, ASM: gl.constexpr, layout: gl.constexpr):
+    """Half a chunk's weights as two [M, 128] operands, from a stage of words and one of scales."""
+    TILES: gl.constexpr = w_smem.shape[0]
+    word_layout: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 0, 0, 0, 1], [0, 0, 0, 0, 2], [0, 1, 0, 0, 0], [0, 2, 0, 0, 0]],
+        [[0, 0, 0, 0, 4], [0, 0, 0, 0, 8], [0, 0, 0, 0, 16], [0, 0, 0, 0, 32], [0, 0, 0, 0, 64]],
+        [[0, 0, 0, 0, 128], [0, 0, 0, 1, 0], [1, 0, 0, 0, 0]][: TILES + 1],
+        [],
+        [TILES, 4, 1, 2, 256],
+    )
+    scale_layout: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8]],
+        [[0, 0, 16], [0, 0, 32], [0, 0, 64], [0, 0, 128], [0, 1, 0]],
+        [[0, 2, 0], [0, 4, 0], [1, 0, 0]][: TILES + 1],
+        [],
+        [TILES, 8, 256],
+    )
+    # Named as in ``nvfp4_repack``: h r8 | w g q | e and the word's half; w g q | h r8 cp e.
+    words = gl.reshape(w_smem.load(word_layout), (TILES, 2, 2, 4, 8, 4, 4))
+    words = gl.reshape(gl.permute(words, (0, 3, 2, 4, 1, 5, 6)), (TILES * 64, 32))
+    scales = gl.reshape(s_smem.load(scale_layout), (TILES, 4, 8, 4, 2, 2, 4))
+    scales = gl.reshape(gl.permute(scales, (0, 1, 5, 2, 4, 3, 6)), (TILES * 64, 32))
+    p0, p1, p2, p3, p4, p5, p6, p7 = gl.inline_asm_elementwise(
+        ASM,
+        _CONSTRAINTS,
+        [gl.convert_layout(words, layout), gl.convert_layout(scales, layout)],
+        dtype=(gl.float8e4nv, gl.float8e4nv, gl.float8e4nv, gl.float8e4nv,
+               gl.float8e4nv, gl.float8e4nv, gl.float8e4nv, gl.float8e4nv),
+        is_pure=True,
+        pack=4,
+    )  # fmt: skip
+    return _operand(p0, p1, p2, p3, layout), _operand(p4, p5, p6, p7, layout)
+
+
+@gluon.jit
+def _find_tile(offsets_ptr, tile, tiles_n, ROWS: gl.constexpr, EXPERTS: gl.constexpr):
+    """``(expert or -1, first row, end row, output tile)``; expert-major, row blocks innermost."""
+    expert = -1
+    begin = 0
+    end = 0
+    local = 0
+    done = 0
+    for e in gl.static_range(EXPERTS):
+        first = gl.load(offsets_ptr + e)
+        last = gl.load(offsets_ptr + e + 1)
+        started = tile >= done  # the last expert of whom this holds has the tile
+        expert = gl.where(started, e, expert)
+        begin = gl.where(started, first, begin)
+        end = gl.where(started, last, end)
+        local = gl.where(started, tile - done, local)
+        done += (last - first + ROWS - 1) // ROWS * tiles_n
+    blocks = gl.maximum((end - begin + ROWS - 1) // ROWS, 1)
+    return gl.where(tile < done, expert, -1), begin + local % blocks * ROWS, end, local // blocks
+
+
+@gluon.jit
+def _copy(sources, stages, ready, row, tile, first, turn, turns):
+    """Start copying half chunk ``turn`` after chunk ``first`` into its stage, if the program has so many."""
+    x_desc, w_desc, s_desc = sources
+    x_smem, w_smem, s_smem = stages
+    chunk = first + turn // 2
+    half = turn % 2
+    stage = turn % ready.shape[0]
+    bar = ready.index(stage)
+    more = turn < turns
+    SIZE: gl.constexpr = x_desc.block_type.nbytes + w_desc.block_type.nbytes + s_desc.block_type.nbytes
+    mbarrier.expect(bar, SIZE, pred=more)
+    _load(x_desc, [4 * chunk + 2 * half, row, 0], bar, x_smem.index(stage), pred=more)
+    _load(w_desc, [tile, 4 * chunk, half, 0, 0], bar, w_smem.index(stage), pred=more)
+    _load(s_desc, [tile, 8 * chunk, 0], bar, s_smem.index(stage), pred=more)
+
+
+@gluon.jit
+def _multiply(acc, stages, ready, turn, ASM: gl.constexpr, mma: gl.constexpr):
+    """Start adding the product of half chunk ``turn``; reads its weights, leaves its activations in use."""
+    x_smem, w_smem, s_smem = stages
+    ROWS: gl.constexpr = x_smem.shape[2]
+    stage = turn % ready.shape[0]
+    mbarrier.wait(ready.index(stage), turn // ready.shape[0] & 1)
+    a0, a1 = _decode(w_smem.index(stage), s_smem.index(stage), ASM, gl.DotOperandLayout(0, mma, 4))
+    x = x_smem.index(stage).reshape([2 * ROWS, 128])
+    acc = warpgroup_mma(a0, x.slice(0, ROWS).permute((1, 0)), acc, is_async=True)
+    return warpgroup_mma(a1, x.slice(ROWS, ROWS).permute((1, 0)), acc, is_async=True)
+
+
+@gluon.jit
+def _store(acc, row, end, tile_n, out_ptr, index_ptr, x_scale_ptr, global_scale_ptr, num_rows, num_outputs,
+           mma: gl.constexpr, GATED: gl.constexpr, SPLIT_K: gl.constexpr):  # fmt: skip
+    """Write ``acc`` [M, ROWS], scaled and gated, to the rows of a tile; a part of a split depth as it is."""
+    M: gl.constexpr = acc.shape[0]
+    ROWS: gl.constexpr = acc.shape[1]
+    store: gl.constexpr = gl.BlockedLayout([8, 1], [4, 8], [1, M // 16], [0, 1])
+    if SPLIT_K > 1:
+        acc = gl.convert_layout(acc, store)
+        rows = row + gl.arange(0, ROWS, gl.SliceLayout(0, store))
+        columns = tile_n * M + gl.arange(0, M, gl.SliceLayout(1, store))
+        slots = (gl.program_id(1) * num_rows + rows).to(gl.int64) * num_outputs
+        gl.store(out_ptr + slots[None, :] + columns[:, None], acc, mask=(rows < end)[None, :])
+    else:
+        rows = row + gl.arange(0, ROWS, gl.SliceLayout(0, mma))
+        scale = gl.load(x_scale_ptr + rows, mask=rows < end, other=0.0) * (gl.load(global_scale_ptr) * 8.0)
+        acc = acc * scale[None, :]
+        if GATED:
+            pairs = gl.permute(gl.reshape(acc, (M // 16, 2, 8, ROWS)), (0, 2, 3, 1))
+            gate, up = gl.split(pairs)
+            gate = gate.to(out_ptr.dtype.element_ty).to(gl.float32)
+            up = up.to(out_ptr.dtype.element_ty).to(gl.float32)
+            acc = gl.reshape(gate / (1.0 + gl.exp(-gate)) * up, (M // 2, ROWS))
+        WIDTH: gl.constexpr = acc.shape[0]
+        acc = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), store)
+        rows = row + gl.arange(0, ROWS, gl.SliceLayout(0, store))
+        columns = tile_n * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(1, store))
+        places = rows
+        if not GATED:
+            places = gl.load(index_ptr + rows, mask=rows < end, other=0)
+        row_size = num_outputs // M * WIDTH
+        out_ptrs = out_ptr + places.to(gl.int64)[None, :] * row_size + columns[:, None]
+        gl.store(out_ptrs, acc, mask=(rows < end)[None, :])
+
+
+@gluon.jit(do_not_specialize=("num_rows",))
+def _stream_kernel(
+    x_desc,
+    w_desc,
+    s_desc,
+    out_ptr,
+    offsets_ptr,
+    index_ptr,
+    x_scale_ptr,
+    global_scale_ptr,
+    num_rows,
+    num_outputs,
+    depth,
+    GATED: gl.constexpr,
+    SPLIT_K: gl.constexpr,
+    EXPERTS: gl.constexpr,
+    ROWS: gl.constexpr,
+    CHUNK: gl.constexpr,
+    STAGES: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    # num_outputs counts stored weight rows: gate and up rows when GATED.
+    M: gl.constexpr = 16 * num_warps
+    expert, row, end, tile_n = _find_tile(offsets_ptr, gl.program_id(0), num_outputs // M, ROWS, EXPERTS)
+    if expert >= 0:
+        steps = depth // CHUNK
+        split_steps = (steps + SPLIT_K - 1) // SPLIT_K
+        first = gl.program_id(1) * split_steps
+        steps = gl.minimum(split_steps, steps - first)
+        if SPLIT_K == 1:
+            gl.assume(steps > 0)  # else the compiler waits for every product in the loop: C7515
+        tile = expert * (num_outputs // 64) + tile_n * (M // 64)
+
+        mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, ROWS, 32])
+        sources = (x_desc, w_desc, s_desc)
+        stages = (
+            gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 2, ROWS, 128], x_desc.layout),
+            gl.allocate_shared_memory(gl.int32, [STAGES, M // 64, 4, 1, 2, 256], w_desc.layout),
+            gl.allocate_shared_memory(gl.uint8, [STAGES, M // 64, 8, 256], s_desc.layout),
+        )
+        ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for stage in gl.static_range(STAGES):
+            mbarrier.init(ready.index(stage), count=1)
+        for turn in gl.static_range(STAGES - 1):
+            _copy(sources, stages, ready, row, tile, first, turn, 2 * steps)
+        acc = gl.zeros((M, ROWS), gl.float32, mma)
+        for step in range(steps):
+            # The tensor cores multiply the low half while the high half is decoded.
+            acc = _multiply(acc, stages, ready, 2 * step, _LOW_ASM, mma)
+            _barrier()
+            _copy(sources, stages, ready, row, tile, first, 2 * step + STAGES - 1, 2 * steps)
+            acc = _multiply(acc, stages, ready, 2 * step + 1, _HIGH_ASM, mma)
+            acc = warpgroup_mma_wait(2, deps=(acc,))
+            _barrier()
+            _copy(sources, stages, ready, row, tile, first, 2 * step + STAGES, 2 * steps)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+
+        _store(acc, row, end, tile_n, out_ptr, index_ptr, x_scale_ptr, global_scale_ptr, num_rows, num_outputs,
+               mma, GATED, SPLIT_K)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=("num_rows",))
+def _add_splits_kernel(
+    partial_ptr,
+    out_ptr,
+    offsets_ptr,
+    index_ptr,
+    x_scale_ptr,
+    global_scale_ptr,
+    num_rows,
+    num_outputs,
+    EXPERTS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    if row < tl.load(offsets_ptr + EXPERTS):
+        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        mask = columns < num_outputs
+        acc = tl.zeros((BLOCK,), tl.float32)
+        for part in tl.static_range(SPLIT_K):
+            start = (part * num_rows + row).to(tl.int64) * num_outputs
+            acc += tl.load(partial_ptr + start + columns, mask=mask, other=0.0)
+        acc = acc * (tl.load(x_scale_ptr + row) * tl.load(global_scale_ptr) * 8.0)
+        place = tl.load(index_ptr + row).to(tl.int64)
+        tl.store(out_ptr + place * num_outputs + columns, acc.to(out_ptr.dtype.element_ty), mask=mask)
