@@ -27,9 +27,9 @@ STREAM_TILES = (
 )
 """(most rows an expert on average, gate-up tile, down tile), as measured on an H200; above, decoded to memory first.
 
-2026-11-23: 512 tokens 402 us (32-row tiles 480), 1,024 tokens 584 us (128-row tiles 693), 2,048 tokens 989 us (decoded
-to memory first 1,482), 4,096 tokens 1,638 us (1,825), 8,192 tokens decoded 2,687 us: kernels_nvfp4_h200.json.
-2026-11-26: 384 tokens 339 us (64-row tiles 405), 1,536 tokens 717 us (64-row tiles 780): trials_h200.txt.
+2026-11-26, routed experts of a layer, random routing: 128 tokens 285 us, 256 299, 448 329, 480 377 (32-row tiles 389),
+512 361, 912 405, 1,024 510 (128-row tiles 581), 1,152 621 (64-row tiles 627), 1,536 564, 2,048 832, 4,096 1,404:
+trials_h200.txt. 8,192 tokens decoded 2,687 us: kernels_nvfp4_h200.json.
 """
 
 

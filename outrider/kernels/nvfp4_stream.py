@@ -22,9 +22,9 @@ from outrider.kernels.nvfp4_stream_kernels import _add_splits_kernel, _stream_ke
 
 @dataclass(frozen=True)
 class StreamTile:
-    """Launch constants: activation rows of a tile, warps (16 weight rows each), stages of half a chunk, depth splits.
+    """Launch constants: activation rows of a tile, warps (16 weight rows each), stages of half a chunk each.
 
-    ``programs`` share a multiprocessor: a bound on their registers, since none of them overlaps its own work well.
+    ``programs``: how many must fit a multiprocessor, a bound on registers. ``split_k``: parts of the depth.
     """
 
     rows: int

@@ -201,7 +201,7 @@ def _stream_kernel(
         first = gl.program_id(1) * split_steps
         steps = gl.minimum(split_steps, steps - first)
         if SPLIT_K == 1:
-            gl.assume(steps > 0)  # else the compiler waits for every product in the loop: C7515
+            gl.assume(steps > 0)  # spares the path around the loop
         tile = expert * (num_outputs // 64) + tile_n * (M // 64)
 
         mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, ROWS, 32])
@@ -218,12 +218,13 @@ def _stream_kernel(
             _copy(sources, stages, ready, row, tile, first, turn, 2 * steps)
         acc = gl.zeros((M, ROWS), gl.float32, mma)
         for step in range(steps):
-            # The tensor cores multiply the low half while the high half is decoded.
+            # The tensor cores multiply the low half while the high half is decoded. No product runs across the loop's
+            # end: the compiler would let the next turn compute the same registers anew under it.
             acc = _multiply(acc, stages, ready, 2 * step, _LOW_ASM, mma)
-            _barrier()
+            _barrier()  # every warp is past the last high half
             _copy(sources, stages, ready, row, tile, first, 2 * step + STAGES - 1, 2 * steps)
             acc = _multiply(acc, stages, ready, 2 * step + 1, _HIGH_ASM, mma)
-            acc = warpgroup_mma_wait(2, deps=(acc,))
+            acc = warpgroup_mma_wait(2, deps=(acc,))  # both products of the low half
             _barrier()
             _copy(sources, stages, ready, row, tile, first, 2 * step + STAGES, 2 * steps)
             acc = warpgroup_mma_wait(0, deps=(acc,))

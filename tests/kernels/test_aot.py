@@ -21,7 +21,8 @@ ARCHITECTURES = (90, 100)
 MODULES = sorted(module.name for module in pkgutil.iter_modules(outrider.kernels.__path__))
 
 COMPILE = r"""
-import importlib, json, re, sys
+import importlib, io, json, re, sys
+from contextlib import redirect_stdout
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -42,19 +43,23 @@ for name in sys.argv[2:]:
         attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
         source = source_type(kernel, signature, constants, attributes)
         for arch in architectures:
-            binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+            with triton.knobs.compilation.scope(), redirect_stdout(io.StringIO()) as log:
+                triton.knobs.compilation.always_compile = source_type is GluonASTSource  # for the assembler's log
+                binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
             fp4 = re.findall(r"(?:tcgen05\.mma|mma\.sync)\S*mxf4nvf4\S*block_scale", binary.asm["ptx"])
             size, shared = len(binary.asm["cubin"]), binary.metadata.shared
+            complaints = len(re.findall(r"\(C75\d\d\)|[1-9]\d* bytes spill", log.getvalue()))
             fixed = [p.name for p in kernel.params if not p.is_constexpr and not p.do_not_specialize]
-            compiled.append([name, kernel.__name__, arch, size, shared, len(fp4), fixed])
+            compiled.append([name, kernel.__name__, arch, size, shared, len(fp4), fixed, complaints])
 print(json.dumps(compiled))
 """
 
 
 @pytest.fixture(scope="module")
 def compiled() -> list[list]:
-    """``[module, kernel, architecture, bytes of machine code, shared memory, FP4 products, specialised arguments]``."""
-    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    """``[module, kernel, architecture, bytes of machine code, shared memory, FP4 products, specialised arguments,
+    complaints of the assembler about a Gluon kernel]``."""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DUMP_PTXAS_LOG": "1"}
     command = [sys.executable, "-W", "ignore", "-c", COMPILE, json.dumps(ARCHITECTURES), *MODULES]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -77,6 +82,12 @@ def test_four_bit_products_use_fp4_tensor_cores(compiled):
     """Guards: shapes for which the compiler turns e2m1 into bf16 products; data center and workstation Blackwell."""
     products = [row for row in compiled if row[1] == "_w4a4_kernel"]
     assert {row[2] for row in products} == {100, 120} and all(row[5] > 0 for row in products)
+
+
+def test_no_product_waits_for_the_one_before(compiled):
+    """Guards: code after which the assembler runs wgmma one at a time (C7510 and on), and registers in memory."""
+    products = [row for row in compiled if row[1] == "_stream_kernel"]
+    assert products and not [row for row in products if row[7]]
 
 
 def test_every_jit_kernel_is_listed(compiled):

@@ -152,7 +152,7 @@ def test_experts_streamed_as_fp8(tokens, tiles, expert_range):
 @pytest.mark.parametrize("tile", [StreamTile(32, 4, 3, 4), StreamTile(64, 8, 3, 2), StreamTile(128, 8, 4, 1)])
 def test_every_tile_gives_the_same_bits(tile):
     """Guards: a stage refilled while it is read, registers reused under a running product; empty and full experts."""
-    up, down = random_weights(4, 1024, 5120), random_weights(4, 1024, 512)
+    up, down = random_weights(4, 1024, 5120), random_weights(4, 5120, 512)
     weights = (*repacked(*up[:2], True), up[2], *repacked(*down[:2], False), down[2])
     small = (StreamTile(16, 4, 3, 4),) * 2
     for tokens in (1, 130, 400):
