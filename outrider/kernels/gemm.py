@@ -93,13 +93,20 @@ def fp8_linear(
     """
     if not on_gpu(x):
         return fp8_linear_reference(x, weight, x_scale, w_scale, out_dtype)
-    is_lone = x.shape[0] == 1 and not is_invariant()
-    if is_lone and GEMV_TILE is not None and GEMV_TILE.takes(weight.shape[1]):
-        return gemv_triton(x, weight, x_scale, w_scale, out_dtype, GEMV_TILE)
+    lone = lone_row_tile(x, weight)
+    if lone is not None:
+        return gemv_triton(x, weight, x_scale, w_scale, out_dtype, lone)
     tile = _skinny_tile(x, weight)
     if tile is None:
         return fp8_linear_cublas(x, weight, x_scale, w_scale, out_dtype)
     return skinny_triton(x, weight, x_scale, w_scale, out_dtype, tile)
+
+
+def lone_row_tile(x: torch.Tensor, weight: torch.Tensor) -> GemvTile | None:
+    """The tile for FP8 weights and a single row of ``x``, whatever its dtype; None where the other products take it."""
+    if not on_gpu(x) or x.shape[0] != 1 or is_invariant() or GEMV_TILE is None:
+        return None
+    return GEMV_TILE if GEMV_TILE.takes(weight.shape[1]) else None
 
 
 def fp8_linear_reference(

@@ -1,4 +1,4 @@
-"""FP8 products of a single row without tensor cores: every weight of a program is on its way before its input is there.
+"""One row times FP8 weights without tensor cores: every weight of a program is on its way before its input is there.
 
 Called by ``gemm`` and ``moe_few`` for steps of one token, where a product lasts ten microseconds and tiles, splits and
 their sums cost a third of it. A program takes a few weight rows whole: it loads them into registers, waits for its
@@ -146,7 +146,7 @@ def gemv_triton(
     out_dtype: torch.dtype,
     tile: GemvTile,
 ) -> torch.Tensor:
-    """``gemm.fp8_linear`` of one row: ``x`` e4m3 [1, K], ``weight`` e4m3 [N, K]; K as ``tile.takes`` it."""
+    """``gemm.fp8_linear`` of one row: ``x`` [1, K] in any dtype, ``weight`` e4m3 [N, K]; K as ``tile.takes`` it."""
     num_outputs, depth = weight.shape
     out = torch.empty((1, num_outputs), dtype=out_dtype, device=x.device)
     _gemv_kernel[(ceil_div(num_outputs, tile.outputs),)](
@@ -231,6 +231,13 @@ AOT_SPECS = [
         _GEMV,
         {"HAS_X_SCALE": False, "DEPTH": 5120, "OUTPUTS": 8, "STEP": 512, "OVERLAP": True},
         {"num_warps": 4},
+        (*_ALIGNED, "num_outputs"),
+    ),
+    (
+        _gemv_kernel,
+        _GEMV | {"x_ptr": "*bf16"},
+        {"HAS_X_SCALE": False, "DEPTH": 5120, "OUTPUTS": 2, "STEP": 1024, "OVERLAP": True},
+        {"num_warps": 2},
         (*_ALIGNED, "num_outputs"),
     ),
     (

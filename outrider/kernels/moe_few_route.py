@@ -1,6 +1,6 @@
-"""The first kernel of ``moe_few``: residual addition, RMS norm, router and FP8 rows of a few tokens in one launch.
+"""The first kernel of ``moe_few`` and ``moe_one``: residual addition, RMS norm, router and rows of few tokens.
 
-Launched by ``moe_few`` alone. Every load that depends on nothing is issued before the first value is used, so that a
+Launched by those two alone. Every load that depends on nothing is issued before the first value is used, so that a
 step of one token waits for one round trip to memory.
 """
 
@@ -13,7 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from outrider.kernels.fp8_row import plane_place
 from outrider.kernels.moe_few_kernels import FEW_ROWS
+from outrider.kernels.nvfp4_row import half_block_scale, half_place
 from outrider.kernels.overlap import wait_for_inputs
 from outrider.kernels.quantize import to_fp8
 
@@ -59,6 +61,7 @@ def _norm_route_kernel(
     routed_scale_ptr,
     shared_scale_ptr,
     rows_ptr,
+    half_ptr,
     ids_ptr,
     x_stride,
     residual_stride,
@@ -68,11 +71,17 @@ def _norm_route_kernel(
     EXPERTS: tl.constexpr,
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    ROOT: tl.constexpr,
     GROUP: tl.constexpr,
     STEP: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One program adds, normalises and routes one token and writes its row twice: scaled by the score, and as it is."""
+    """One program adds, normalises and routes one token and writes its row twice: scaled by the score, and as it is.
+
+    QUANTIZE: both in e4m3, rows of one tensor. Else, for the only token, the scaled row as half blocks (their scales,
+    all the same, go to ``routed_scale_ptr``; ROOT is the root of SIZE) and the row as it is in planes of float32.
+    """
     token = tl.program_id(0)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     columns = tl.arange(0, STEP)
@@ -80,8 +89,16 @@ def _norm_route_kernel(
     norm = ()
     for start in tl.static_range(0, SIZE, STEP):
         norm = norm + (tl.load(norm_ptr + start + columns, mask=start + columns < SIZE, other=0.0),)
-    routed_scale = tl.load(routed_scale_ptr)
-    shared_scale = tl.load(shared_scale_ptr)
+    if QUANTIZE:
+        routed_scale = tl.load(routed_scale_ptr)
+        shared_scale = tl.load(shared_scale_ptr)
+    else:
+        # No value of a normed row exceeds the root of its size times the largest weight.
+        largest = tl.full((STEP,), 2.0**-100, tl.float32)
+        for i in tl.static_range(len(norm)):
+            largest = tl.maximum(largest, tl.abs(norm[i].to(tl.float32)))
+        half_scale = half_block_scale(tl.max(largest, 0) * ROOT)
+        blocks = tl.arange(0, STEP // 16)
     wait_for_inputs(OVERLAP)
     x_ptr += token.to(tl.int64) * x_stride
     residual_ptr += token.to(tl.int64) * residual_stride
@@ -115,9 +132,19 @@ def _norm_route_kernel(
     for i in tl.static_range(len(row)):
         wide = row[i].to(tl.float32)
         inside = i * STEP + columns < SIZE
-        routed_row = rows_ptr + token * SIZE + i * STEP + columns
-        tl.store(routed_row, to_fp8((wide * score).to(dtype).to(tl.float32), routed_scale), mask=inside)
-        tl.store(routed_row + ROWS * SIZE, to_fp8(wide, shared_scale), mask=inside)
+        scaled = (wide * score).to(dtype).to(tl.float32)
+        if QUANTIZE:
+            target = rows_ptr + token * SIZE + i * STEP + columns
+            tl.store(target, to_fp8(scaled, routed_scale), mask=inside)
+            tl.store(target + ROWS * SIZE, to_fp8(wide, shared_scale), mask=inside)
+        else:
+            tl.store(rows_ptr + plane_place(i * STEP + columns), wide, mask=inside)
+            tl.store(
+                half_ptr + half_place(i * STEP + columns), (scaled / half_scale).to(tl.float16), mask=inside
+            )
+            tl.store(
+                routed_scale_ptr + i * (STEP // 16) + blocks, half_scale, mask=i * STEP + blocks * 16 < SIZE
+            )
 
 
 _ROUTE = {
@@ -128,6 +155,7 @@ _ROUTE = {
     "routed_scale_ptr": "*fp32",
     "shared_scale_ptr": "*fp32",
     "rows_ptr": "*fp8e4nv",
+    "half_ptr": "*fp16",
     "ids_ptr": "*i32",
     "x_stride": "i32",
     "residual_stride": "i32",
@@ -138,11 +166,13 @@ _ROUTE = {
 AOT_SPECS = [
     (
         _norm_route_kernel,
-        _ROUTE,
+        _ROUTE if quantize else {**_ROUTE, "rows_ptr": "*fp32"},
         {
             "EXPERTS": experts,
             "SIZE": 5120,
             "ROWS": FEW_ROWS,
+            "QUANTIZE": quantize,
+            "ROOT": 72.0,
             "GROUP": ROUTE_GROUP,
             "STEP": ROUTE_STEP,
             "OVERLAP": True,
@@ -150,5 +180,5 @@ AOT_SPECS = [
         {"num_warps": ROUTE_WARPS},
         ("x_ptr", "residual_ptr", "norm_ptr", "router_ptr", "rows_ptr", "x_stride", "residual_stride"),
     )
-    for experts in (16, 128)
+    for experts, quantize in ((16, True), (128, True), (16, False))
 ]

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from outrider.kernels._dispatch import on_gpu
-from outrider.kernels.gemm import fp8_linear
+from outrider.kernels.gemm import fp8_linear, lone_row_tile
+from outrider.kernels.gemv import gemv_triton
 from outrider.kernels.nvfp4_decode import FP8_SHIFT, dequantize_nvfp4_triton, nvfp4_to_fp8_triton
 from outrider.kernels.quantize import FP8_MAX, quantize_fp8_rowwise
 
@@ -77,7 +78,13 @@ def nvfp4_to_fp8_rows(
 
 
 def fp8_rows_linear(x: torch.Tensor, weight: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
-    """``x[T, K] @ W.T -> [T, N]`` in ``x``'s dtype: activations to e4m3 with a scale a row, then an FP8 product."""
+    """``x[T, K] @ W.T -> [T, N]`` in ``x``'s dtype: activations to e4m3 with a scale a row, then an FP8 product.
+
+    A single row on a GPU stays as it is: its product needs no tensor cores, and rounding it would cost a launch.
+    """
+    lone = lone_row_tile(x, weight)
+    if lone is not None:
+        return gemv_triton(x.contiguous(), weight, None, w_scale, x.dtype, lone)
     codes, row_scale = quantize_fp8_rowwise(x)
     return fp8_linear(codes, weight, row_scale, w_scale, x.dtype)
 

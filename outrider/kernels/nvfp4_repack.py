@@ -27,6 +27,8 @@ CHUNK = 512
 TILE_ROWS = 64
 """Weight rows of a repacked tile."""
 
+E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
 _WORDS = TILE_ROWS * CHUNK // 16
 
 
@@ -221,6 +223,26 @@ def unpack_to_fp8(packed: torch.Tensor, block_scale: torch.Tensor, gated: bool) 
         num_warps=4,
     )
     return out.view(torch.float8_e4m3fn)
+
+
+def unpack_reference(packed: torch.Tensor, block_scale: torch.Tensor, gated: bool) -> torch.Tensor:
+    """One repacked matrix, u8 [N, K/2] and e4m3 [N, K/16], as exact f32 [N, K] in the checkpoint's order."""
+    num_rows, num_blocks = block_scale.shape
+    index = torch.arange(num_rows * num_blocks, device=packed.device)
+    tile, (row, block) = index // _WORDS, _find_word.fn(index, _WORDS)
+    chunks = num_blocks // (CHUNK // 16)
+    source_row = _source_row.fn(tile // chunks * TILE_ROWS + row, num_rows, gated)
+    word = packed.view(torch.int64).flatten()
+    byte = block_scale.view(torch.uint8).flatten()[tile * _WORDS + _scale_place.fn(row, block)]
+    scale = ((byte & 127) + 32).view(torch.float8_e4m3fn).float()
+    values = torch.empty(num_rows, num_blocks, 16, device=packed.device)
+    magnitudes = torch.tensor(E2M1_MAGNITUDES, device=packed.device)
+    for i in range(16):
+        sign = (word >> (32 * (i // 8) + (8 * (i % 8) + 7 if i % 8 < 4 else 8 * (i % 8) - 29))) & 1
+        values[source_row, tile % chunks * (CHUNK // 16) + block, i] = (
+            magnitudes[(word >> (4 * i)) & 7] * (1 - 2 * sign) * scale
+        )
+    return values.flatten(1)
 
 
 def quantize_stream(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
