@@ -19,11 +19,12 @@ import torch
 import triton
 
 
-def parse_args(description: str) -> argparse.Namespace:
-    """The options of every kernel benchmark."""
+def parse_args(description: str, parts: Sequence[str] = ()) -> argparse.Namespace:
+    """The options of every kernel benchmark; ``parts`` can be run alone."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="write all rows to this file")
     parser.add_argument("--quick", action="store_true", help="default launch constants only, no variants")
+    parser.add_argument("--only", choices=parts, help="run this part alone")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA device")

@@ -1,8 +1,8 @@
 """Launch constants of small decode steps, chosen inside the layer: ``python -m benchmarks.kernels.few --json OUT``.
 
-For 1, 4 and 16 tokens: every candidate of every kernel is compared with plain torch on fresh random inputs and run
-twice, then a CUDA graph of two layers is timed. The best of a kernel stays in force while the next one is tried, and
-the last rows say which were chosen. Candidates that the time limit leaves out are reported as such.
+For 1, 4 and 16 tokens in FP8, and 1 in NVFP4: every candidate of every kernel is compared with plain torch on fresh
+random inputs and run twice, then a CUDA graph of two layers is timed. The best of a kernel stays in force while the
+next one is tried, and the last rows say which were chosen. Candidates that the time limit leaves out are reported.
 """
 
 from __future__ import annotations
@@ -19,22 +19,39 @@ from benchmarks.kernels.common import Report, graph_us, parse_args
 from benchmarks.kernels.step import (
     LAYERS,
     SCOUT,
+    SCOUT_NVFP4,
     Expected,
     Scout,
     compare,
     layer_bytes,
     list_kernels,
     reference,
+    separate_operations,
 )
-from outrider.kernels import attention_decode, gemm, moe_few, overlap, rope_attention
+from outrider.kernels import attention_decode, gemm, moe_few, moe_one, overlap, rope_attention
 from outrider.kernels.attention_decode import DecodeTile
 from outrider.kernels.gemm import SkinnyTile
 from outrider.kernels.gemv import GemvTile
 from outrider.kernels.moe_gemm import Tile
+from outrider.kernels.moe_one_kernels import OneTile
+from outrider.models.config import ModelConfig
 from outrider.runner.batch import Batch
 
-TOKENS = (1, 4, 16)
+
+@dataclass(frozen=True)
+class Form:
+    """A checkpoint's form: its config, the numbers of tokens to try, bytes of a routed expert's weight."""
+
+    name: str
+    config: ModelConfig
+    tokens: tuple[int, ...]
+    expert_bytes: float
+
+
+FORMS = (Form("fp8", SCOUT, (1, 4, 16), 1.0), Form("nvfp4", SCOUT_NVFP4, (1,), 9 / 16))
 LIMIT_S = 105
+"""For each form."""
+
 COMPILERS = 8
 """Processes that compile the candidates before the first is timed, each with a model of its own on the GPU."""
 
@@ -70,6 +87,20 @@ DOWN = (
     Tile(16, 128, 256, True, 3, 8, split_k=3),
     Tile(16, 128, 128, True, 5, 4, split_k=3),
     Tile(16, 64, 256, True, 5, 4),
+)
+ONE = (
+    OneTile(),
+    OneTile(first=1),
+    OneTile(first=660),
+    OneTile(first=1 << 30),
+    OneTile(outputs=4),
+    OneTile(outputs=1),
+    OneTile(outputs=4, up_warps=2),
+    OneTile(groups=4),
+    OneTile(down_registers=128),
+    OneTile(down_registers=80),
+    OneTile(down_warps=2, down_registers=128),
+    OneTile(down_warps=8, down_registers=128),
 )
 DECODE = (
     DecodeTile(),
@@ -121,6 +152,11 @@ def use_down(tile: Tile | GemvTile) -> None:
         moe_few.FEW_TILES = (moe_few.FEW_TILES[0], tile)
 
 
+def use_one(tile: OneTile) -> None:
+    """Both products of a token's NVFP4 experts."""
+    moe_one.ONE_TILE = tile
+
+
 def use_decode(tile: DecodeTile) -> None:
     """Decode attention."""
     attention_decode.SMALL_STEP_TILES = ((16, tile),)
@@ -131,8 +167,10 @@ def use_rope_attention(tile: DecodeTile) -> None:
     rope_attention.TILE = tile
 
 
-def knobs(tokens: int) -> list[Knob]:
+def knobs(form: Form, tokens: int) -> list[Knob]:
     """What to try at this size, in this order."""
+    if form.config is SCOUT_NVFP4:
+        return [Knob("dense", use_dense, GEMV), Knob("one", use_one, ONE)]
     one = tokens == 1
     return [
         Knob("overlap", use_overlap, OVERLAPS),
@@ -149,6 +187,7 @@ def shipped() -> dict[str, Any]:
         "gemv": gemm.GEMV_TILE,
         "up_one": moe_few.UP_ONE_TILE,
         "down_one": moe_few.DOWN_ONE_TILE,
+        "one": moe_one.ONE_TILE,
         "skinny": gemm.SKINNY_TILES[torch.float8_e4m3fn],
         "few": moe_few.FEW_TILES,
         "decode": attention_decode.SMALL_STEP_TILES,
@@ -161,6 +200,7 @@ def start_from_tables(tables: dict[str, Any]) -> None:
     """Put the shipped constants in force."""
     gemm.GEMV_TILE = tables["gemv"]
     moe_few.UP_ONE_TILE, moe_few.DOWN_ONE_TILE = tables["up_one"], tables["down_one"]
+    moe_one.ONE_TILE = tables["one"]
     gemm.SKINNY_TILES[torch.float8_e4m3fn] = tables["skinny"]
     moe_few.FEW_TILES = tables["few"]
     attention_decode.SMALL_STEP_TILES = tables["decode"]
@@ -168,11 +208,12 @@ def start_from_tables(tables: dict[str, Any]) -> None:
 
 
 @torch.inference_mode()
-def compile_share(share: int) -> None:
+def compile_share(form: Form, share: int) -> None:
     """Run every ``COMPILERS``-th candidate once beside the shipped constants: Triton keeps what it compiled on disk."""
     tables = shipped()
-    scout = Scout(SCOUT, torch.device("cuda"), max_seqs=max(TOKENS))
-    work = [(tokens, knob, value) for tokens in TOKENS for knob in knobs(tokens) for value in knob.values]
+    scout = Scout(form.config, torch.device("cuda"), max_seqs=max(form.tokens))
+    tried = ((tokens, knob) for tokens in form.tokens for knob in knobs(form, tokens))
+    work = [(tokens, knob, value) for tokens, knob in tried for value in knob.values]
     for tokens, knob, value in work[share::COMPILERS]:
         start_from_tables(tables)
         knob.use(value)
@@ -182,34 +223,49 @@ def compile_share(share: int) -> None:
             print(f"   {knob.name} {value}: {type(error).__name__}", flush=True)
 
 
-def compile_all() -> None:
+def compile_all(form: Form) -> None:
     """Compile in parallel; the processes end before anything is timed."""
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=compile_share, args=(share,)) for share in range(COMPILERS)]
+    processes = [context.Process(target=compile_share, args=(form, share)) for share in range(COMPILERS)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
 
 
-@torch.inference_mode()
 def main() -> None:
-    """Every size: the shipped tables, every candidate, the best of all."""
-    args = parse_args("Chooses the launch constants of small decode steps.")
-    began = time.monotonic()
+    """Every form and size."""
+    args = parse_args("Chooses the launch constants of small decode steps.", [form.name for form in FORMS])
     report = Report("few", args.json)
-    if not args.quick:
-        compile_all()
+    for form in FORMS:
+        if args.only in (None, form.name):
+            choose(form, report, args.quick)
+            torch.cuda.empty_cache()
+    report.write()
+
+
+@torch.inference_mode()
+def choose(form: Form, report: Report, is_quick: bool) -> None:
+    """Every size of one form: the shipped tables, every candidate, the best of all."""
+    began = time.monotonic()
+    if not is_quick:
+        compile_all(form)
     print(f"   compiled after {time.monotonic() - began:.0f} s", flush=True)
-    scout = Scout(SCOUT, torch.device("cuda"), max_seqs=max(TOKENS))
+    scout = Scout(form.config, torch.device("cuda"), max_seqs=max(form.tokens))
     tables = shipped()
-    for tokens in TOKENS:
-        case = f"layer T={tokens}"
+    for tokens in form.tokens:
+        case = f"layer T={tokens}" if form.config is SCOUT else f"{form.name} layer T={tokens}"
         start_from_tables(tables)
         batches = [scout.batch(tokens, 0) for _ in range(BATCHES)]
         checks = [(batch, reference(scout, batch)) for batch in batches]
+        num_bytes = layer_bytes(tokens, form.expert_bytes)
 
-        def measure(name: str, case: str = case, checks: list[tuple[Batch, Expected]] = checks) -> float:
+        def measure(
+            name: str,
+            case: str = case,
+            checks: list[tuple[Batch, Expected]] = checks,
+            num_bytes: int = num_bytes,
+        ) -> float:
             """Microseconds a layer with what is in force, or infinity where it is wrong, fails or comes too late."""
             if time.monotonic() - began > LIMIT_S:
                 report.fail(case, name, "no time left")
@@ -223,12 +279,15 @@ def main() -> None:
             except Exception as error:  # one candidate that does not fit must not end the run
                 report.fail(case, name, (str(error).splitlines() or [repr(error)])[0][:100])
                 return float("inf")
-            report.memory(case, name, us, layer_bytes(len(checks[0][0].token_ids)))
+            report.memory(case, name, us, num_bytes)
             return us
 
+        if form.config is SCOUT_NVFP4:
+            with separate_operations(scout):
+                measure("separate operations")
         measure("tables")
         chosen = {}
-        for knob in [] if args.quick else knobs(tokens):
+        for knob in [] if is_quick else knobs(form, tokens):
             times = []
             for value in knob.values:
                 knob.use(value)
@@ -236,14 +295,14 @@ def main() -> None:
             if min(times) < float("inf"):
                 chosen[knob.name] = knob.values[times.index(min(times))]
             start_from_tables(tables)
-            for done in knobs(tokens):
+            for done in knobs(form, tokens):
                 if done.name in chosen:
                     done.use(chosen[done.name])
         for name, value in chosen.items():
             print(f"   chosen {name}: {value}", flush=True)
         measure(f"chosen {chosen}")
         list_kernels(scout, batches[0])
-    report.write()
+    start_from_tables(tables)
 
 
 if __name__ == "__main__":

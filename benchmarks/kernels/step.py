@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
 from unittest import mock
@@ -20,7 +21,7 @@ from unittest import mock
 import torch
 
 from benchmarks.kernels.common import Report, graph_us, parse_args
-from outrider.kernels import gemm, moe, moe_few_kernels, overlap
+from outrider.kernels import gemm, moe, moe_few_kernels, moe_one, overlap
 from outrider.kernels.gemm import SkinnyTile
 from outrider.kernels.moe_gemm import Tile
 from outrider.kv_layout import plan_layout
@@ -29,6 +30,7 @@ from outrider.models.config import ModelConfig, QuantConfig
 from outrider.models.decoder import Decoder
 from outrider.models.registry import load_model
 from outrider.parallel import Parallel
+from outrider.quant.few_rows import Nvfp4OneRow
 from outrider.runner.batch import AttentionBatch, Batch
 from outrider.runner.kv_cache import KVCache
 
@@ -67,6 +69,7 @@ SCOUT = ModelConfig(
     attn_temperature_tuning=True,
     quant=QuantConfig("FP8", "FP8"),
 )
+SCOUT_NVFP4 = replace(SCOUT, quant=QuantConfig("NVFP4", "FP8", group_size=16))
 
 SKINNY = tuple(
     SkinnyTile(outputs, depth, stages, 4, programs)
@@ -158,6 +161,20 @@ def one_after_another() -> Iterator[None]:
         overlap.OVERLAP_ROWS = saved
 
 
+@contextmanager
+def separate_operations(scout: Scout, but: tuple[type, ...] = ()) -> Iterator[None]:
+    """Run the separate operations of MoE layers that have a form for few rows, unless that is one of ``but``."""
+    saved = [layer.feed_forward.few_rows for layer in scout.model.layers]
+    for layer in scout.model.layers:
+        if not isinstance(layer.feed_forward.few_rows, but):
+            layer.feed_forward.few_rows = None
+    try:
+        yield
+    finally:
+        for layer, few in zip(scout.model.layers, saved, strict=True):
+            layer.feed_forward.few_rows = few
+
+
 class Expected(NamedTuple):
     """Hidden states ``[T, M]`` of plain torch, and how near each token came to another expert.
 
@@ -171,9 +188,6 @@ class Expected(NamedTuple):
 
 def reference(scout: Scout, batch: Batch) -> Expected:
     """What ``forward`` should give, by plain torch on the same device."""
-    saved = [layer.feed_forward.few_rows for layer in scout.model.layers]
-    for layer in scout.model.layers:
-        layer.feed_forward.few_rows = None  # the reference is the layer's separate operations
     gaps = []
 
     def route(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,10 +195,13 @@ def reference(scout: Scout, batch: Batch) -> Expected:
         gaps.append((best - second) / logits.float().std())
         return moe.route_reference(logits, top_k)
 
-    with plain_torch(), mock.patch.object(moe_layer, "route", route):
+    with (
+        plain_torch(),
+        mock.patch.object(moe_layer, "route", route),
+        mock.patch.object(moe_one, "route_reference", route),
+        separate_operations(scout, but=(Nvfp4OneRow,)),  # repacked experts have no other plain torch
+    ):
         states = scout.forward(batch)
-    for layer, few in zip(scout.model.layers, saved, strict=True):
-        layer.feed_forward.few_rows = few
     return Expected(states, torch.stack(gaps).amin(0))
 
 
@@ -319,11 +336,11 @@ def main() -> None:
     report.write()
 
 
-def layer_bytes(tokens: int) -> int:
-    """Weights of one layer that ``tokens`` tokens with evenly spread experts read."""
+def layer_bytes(tokens: int, expert_bytes: float = 1.0) -> int:
+    """Weights of one layer that ``tokens`` tokens with evenly spread experts read, these of so many bytes a weight."""
     hidden, inter, experts = SCOUT.hidden_size, SCOUT.intermediate_size, SCOUT.num_experts
     chosen = experts * (1 - (1 - 1 / experts) ** tokens)
-    return int(hidden * (128 * 56 + 5120) + 3 * hidden * inter * (1 + chosen))
+    return int(hidden * (128 * 56 + 5120) + 3 * hidden * inter * (1 + chosen * expert_bytes))
 
 
 if __name__ == "__main__":
