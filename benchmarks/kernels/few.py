@@ -28,7 +28,7 @@ from benchmarks.kernels.step import (
     reference,
     separate_operations,
 )
-from outrider.kernels import attention_decode, gemm, moe_few, moe_one, overlap, rope_attention
+from outrider.kernels import attention_decode, gemm, moe_few, moe_one_nvfp4, overlap, rope_attention
 from outrider.kernels.attention_decode import DecodeTile
 from outrider.kernels.gemm import SkinnyTile
 from outrider.kernels.gemv import GemvTile
@@ -154,7 +154,7 @@ def use_down(tile: Tile | GemvTile) -> None:
 
 def use_one(tile: OneTile) -> None:
     """Both products of a token's NVFP4 experts."""
-    moe_one.ONE_TILE = tile
+    moe_one_nvfp4.ONE_TILE = tile
 
 
 def use_decode(tile: DecodeTile) -> None:
@@ -169,7 +169,7 @@ def use_rope_attention(tile: DecodeTile) -> None:
 
 def knobs(form: Form, tokens: int) -> list[Knob]:
     """What to try at this size, in this order."""
-    if form.config is SCOUT_NVFP4:
+    if form.name == "nvfp4":
         return [Knob("dense", use_dense, GEMV), Knob("one", use_one, ONE)]
     one = tokens == 1
     return [
@@ -187,7 +187,7 @@ def shipped() -> dict[str, Any]:
         "gemv": gemm.GEMV_TILE,
         "up_one": moe_few.UP_ONE_TILE,
         "down_one": moe_few.DOWN_ONE_TILE,
-        "one": moe_one.ONE_TILE,
+        "one": moe_one_nvfp4.ONE_TILE,
         "skinny": gemm.SKINNY_TILES[torch.float8_e4m3fn],
         "few": moe_few.FEW_TILES,
         "decode": attention_decode.SMALL_STEP_TILES,
@@ -200,7 +200,7 @@ def start_from_tables(tables: dict[str, Any]) -> None:
     """Put the shipped constants in force."""
     gemm.GEMV_TILE = tables["gemv"]
     moe_few.UP_ONE_TILE, moe_few.DOWN_ONE_TILE = tables["up_one"], tables["down_one"]
-    moe_one.ONE_TILE = tables["one"]
+    moe_one_nvfp4.ONE_TILE = tables["one"]
     gemm.SKINNY_TILES[torch.float8_e4m3fn] = tables["skinny"]
     moe_few.FEW_TILES = tables["few"]
     attention_decode.SMALL_STEP_TILES = tables["decode"]
@@ -254,7 +254,7 @@ def choose(form: Form, report: Report, is_quick: bool) -> None:
     scout = Scout(form.config, torch.device("cuda"), max_seqs=max(form.tokens))
     tables = shipped()
     for tokens in form.tokens:
-        case = f"layer T={tokens}" if form.config is SCOUT else f"{form.name} layer T={tokens}"
+        case = f"layer T={tokens}" if form.name == "fp8" else f"{form.name} layer T={tokens}"
         start_from_tables(tables)
         batches = [scout.batch(tokens, 0) for _ in range(BATCHES)]
         checks = [(batch, reference(scout, batch)) for batch in batches]
@@ -282,7 +282,7 @@ def choose(form: Form, report: Report, is_quick: bool) -> None:
             report.memory(case, name, us, num_bytes)
             return us
 
-        if form.config is SCOUT_NVFP4:
+        if form.name == "nvfp4":
             with separate_operations(scout):
                 measure("separate operations")
         measure("tables")

@@ -1,4 +1,4 @@
-"""One row times FP8 weights, from registers to the sum: the shared expert's part of ``moe_one``'s kernels.
+"""One row times FP8 weights, from registers to the sum: the shared expert's part of ``moe_one_nvfp4``'s kernels.
 
 A lane takes 16 bytes of a weight row, so a warp takes a chunk of 512 features. The row is float32 in *planes*: the
 order in which a warp's loads of it are contiguous. Everything is float32 behind the e4m3 codes. ``gemv`` multiplies

@@ -1,4 +1,4 @@
-"""The first kernel of ``moe_few`` and ``moe_one``: residual addition, RMS norm, router and rows of few tokens.
+"""The first kernel of ``moe_few`` and ``moe_one_nvfp4``: residual addition, RMS norm, router and rows of few tokens.
 
 Launched by those two alone. Every load that depends on nothing is issued before the first value is used, so that a
 step of one token waits for one round trip to memory.

@@ -1,6 +1,6 @@
-"""The two products of ``moe_one``: gate and up of the shared and the routed expert, down of both and their sum.
+"""The two products of ``moe_one_nvfp4``: gate and up of the shared and the routed expert, down of both and their sum.
 
-Launched by ``moe_one`` alone, on one token.
+Launched by ``moe_one_nvfp4`` alone, on one token.
 """
 
 # Triton 3.6 compiles tuples of tiles that grow by +, not by *; mypy cannot type either.

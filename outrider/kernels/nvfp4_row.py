@@ -1,4 +1,4 @@
-"""One row times repacked NVFP4 weights without tensor cores: the parts that the kernels of ``moe_one`` are made of.
+"""One row times repacked NVFP4 weights without tensor cores: what the kernels of ``moe_one_nvfp4`` are made of.
 
 Weights lie as ``nvfp4_repack`` orders them and stay exact: codes become float16 by byte permutes, two multiply-adds at
 a time sum a block of 16, and the block's sum meets its scale in float32. The row is kept as *half blocks* for that:

@@ -12,7 +12,7 @@ import torch
 from outrider.kernels.invariant import is_invariant
 from outrider.kernels.moe_few import ExpertWeights, NormWeights, SharedWeights, moe_few
 from outrider.kernels.moe_few_kernels import FEW_ROWS
-from outrider.kernels.moe_one import Nvfp4ExpertWeights, SharedRows, moe_one, one_token_fits
+from outrider.kernels.moe_one_nvfp4 import Nvfp4ExpertWeights, SharedRows, moe_one, one_token_fits
 from outrider.quant.experts import Experts, Fp8Experts, Nvfp4Experts
 from outrider.quant.linear import Fp8Linear, Linear, Nvfp4Linear
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from test_nvfp4 import DEVICE, GPU, WIDE, decode_slowly, error, random_weights
 
-from outrider.kernels import gemm, moe_one, nvfp4
+from outrider.kernels import gemm, moe_one_nvfp4, nvfp4
 from outrider.kernels.moe import moe_nvfp4_reference, route_reference
 from outrider.kernels.moe_few import NormWeights
-from outrider.kernels.moe_one import (
+from outrider.kernels.moe_one_nvfp4 import (
     Nvfp4ExpertWeights,
     OneTile,
     SharedRows,
@@ -72,7 +72,7 @@ def test_every_feature_has_a_place_of_its_own():
     ("tile", "experts", "expert_range", "hidden", "inter", "shared_inter"),
     [
         (OneTile(64, 2, 3, 4, 8), 4, (0, 4), 512, 512, 512),
-        (OneTile(16, 4, 0, 8, 2), 5, (1, 3), 1536, 512, 512),
+        (OneTile(16, 4, 0, 8, 2), 5, (1, 3), 1024, 512, 512),
         (OneTile(32, 2, 99, 2, 4), 2, (0, 2), 512, 1536, 1024),
         pytest.param(None, 3, (0, 3), 1024, 1536, 1536, marks=pytest.mark.slow),
         pytest.param(
@@ -181,6 +181,6 @@ def test_the_table_is_used(monkeypatch):
     router, routed, shared, _ = make_layer(1, (0, 1), 512, 512, 512)
     norm = NormWeights(torch.ones(512, device=DEVICE).to(WIDE), 1e-5)
     x = torch.randn(1, 512, device=DEVICE).to(WIDE)
-    monkeypatch.setattr(moe_one, "ONE_TILE", OneTile(outputs=3))  # no power of two
+    monkeypatch.setattr(moe_one_nvfp4, "ONE_TILE", OneTile(outputs=3))  # no power of two
     with pytest.raises(Exception, match="power of 2"):
         moe_one_triton(x, torch.zeros_like(x), norm, router, routed, shared)

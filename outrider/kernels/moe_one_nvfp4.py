@@ -81,7 +81,7 @@ def moe_one_reference(
     experts: Nvfp4ExpertWeights,
     shared: SharedRows,
 ) -> torch.Tensor:
-    """The contract of ``moe_one`` in plain torch: float32 products, rounded where the separate ops round."""
+    """The contract of ``moe_one_nvfp4`` in plain torch: float32 products, rounded where the separate ops round."""
     y = rms_norm_reference(x, norm.weight, norm.eps, residual).y
     expert_ids, scores = route_reference(F.linear(y, router), 1)
 
@@ -157,7 +157,7 @@ def moe_one_triton(
     shared: SharedRows,
     tile: OneTile | None = None,
 ) -> torch.Tensor:
-    """``moe_one`` as three Triton launches; ``tile`` overrides ``ONE_TILE``."""
+    """``moe_one_nvfp4`` as three Triton launches; ``tile`` overrides ``ONE_TILE``."""
     tile = tile or ONE_TILE
     row = norm_route_one_triton(x, residual, norm, router, experts.expert_range)
     hidden = one_gate_up_triton(row, experts, shared, x.dtype, tile)
