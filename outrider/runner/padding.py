@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from outrider.engine.starts import LAST_WAVE_SHARES
 from outrider.runner.rows import StepArrays
 
 PREFILL_TOKENS = (64, 128, 256, 384, 512, 768, 1024)
@@ -66,15 +67,17 @@ class ShapeTable:
         return StepShape(decodes, _at_least(PREFILL_TOKENS, num_prompt_tokens), PREFILL_SEQS)
 
     def start_shapes(self, prefill_share: int) -> list[StepShape]:
-        """The shapes that a server meets at once: all decode sizes, short prompts, full mixed steps.
+        """The shapes that a server meets at once: all decode sizes, short prompts, and mixed steps.
 
-        The others are captured when they are first met, which delays that one step by about a fifth of a second.
+        Beside decodes these are a prompt's short rest, a share, and the shares of a last wave. The others are captured
+        when they are first met, which delays that one step by about a fifth of a second.
         """
-        share = _at_least(PREFILL_TOKENS, min(prefill_share, PREFILL_TOKENS[-1]))
         shapes = [StepShape(s, 0, 0) for s in self.decodes]
         shapes += [StepShape(0, tokens, PREFILL_SEQS) for tokens in (64, 256, 1024)]
-        shapes += [StepShape(s, share, PREFILL_SEQS) for s in self._mixed]
-        return shapes
+        shares = (prefill_share, LAST_WAVE_SHARES * prefill_share)
+        tokens = {_at_least(PREFILL_TOKENS, min(share, PREFILL_TOKENS[-1])) for share in shares}
+        mixed = sorted({PREFILL_TOKENS[0]} | tokens)
+        return shapes + [StepShape(s, count, PREFILL_SEQS) for s in self._mixed for count in mixed]
 
 
 def _at_least(sizes: tuple[int, ...] | list[int], size: int) -> int:

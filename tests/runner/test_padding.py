@@ -113,3 +113,16 @@ def test_every_step_finds_a_shape_that_holds_it(max_num_seqs: int) -> None:
         assert shape.decodes >= num_decodes and shape.prefill_tokens >= sum(prompts)
         assert shape.prefill_seqs >= len(prompts)
     assert all(s.prefill_tokens in (0, *PREFILL_TOKENS) for s in table.start_shapes(512))
+
+
+def test_the_usual_steps_have_their_graphs_from_the_start() -> None:
+    """A graph captured when its step is met delays every stream in it."""
+    table = ShapeTable(512)
+    shapes = table.start_shapes(512)
+    assert len(shapes) == len(set(shapes)) < 100
+    rows = RowTable(plan_layout((False,), None, 4096, 16), 512, 4096)
+    rng = np.random.default_rng(1)
+    for num_decodes in (1, 17, 200, 500):
+        for prompts in ([1], [64], [512], [511, 1], [300, 212], [512, 512], [1000, 24]):
+            arrays = rows.arrays(random_plan(rng, rows, num_decodes, prompts).slices)
+            assert table.shape_of(arrays) in shapes, f"{num_decodes} decodes and {prompts}"
