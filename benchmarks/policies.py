@@ -62,7 +62,7 @@ COSTS = {
         (95, 215, 365, 395, 455, 510, 540, 565, 660, 775, 865, 1060, 1110, 1270, 4500),
     ),
 }
-"""H200, 2026-11-26, from steps of the engine at these sizes, and for NVFP4 what its experts gained since (trials_h200.txt).
+"""H200, 2026-11-26: steps of the engine at these sizes, less what the NVFP4 experts gained since (trials_h200.txt).
 
 The serving runs of that day took 5 to 10 % longer than this model says.
 """
