@@ -147,7 +147,7 @@ def start_rank(
         resolved.device,
     )
     graphs = None
-    # With collectives in them, 44 captures had not ended after a minute and a half on two H100s.
+    # Captures with collectives in them have not been seen to work yet.
     one_rank = rank.parallel.tp_size * rank.parallel.pp_size == 1
     if resolved.device.type == "cuda" and not rank.config.enforce_eager and one_rank:
         graphs = StepGraphs(
