@@ -54,6 +54,11 @@ class ShapeTable:
         mixed = [8, 16, *range(32, 257, 32), *range(320, max_num_seqs, 64)]
         self._mixed = sorted({s for s in mixed if s < max_num_seqs} | {max_num_seqs})
 
+    @property
+    def largest(self) -> StepShape:
+        """A shape that no other exceeds in any number."""
+        return StepShape(self.decodes[-1], PREFILL_TOKENS[-1], PREFILL_SEQS)
+
     def shape_of(self, arrays: StepArrays) -> StepShape | None:
         """The smallest shape that holds the step, or None if none does."""
         num_decodes = arrays.num_decodes

@@ -30,10 +30,18 @@ class Staging:
         self._ring: list[_Pinned | None] = [None] * _DEPTH
         self._turn = 0
 
-    def allocate(self, arrays: list[np.ndarray]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """A device buffer for arrays of these shapes, and the tensors in it (contents undefined)."""
+    def allocate(
+        self, arrays: list[np.ndarray], within: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """A device buffer for arrays of these shapes, and the tensors in it (contents undefined).
+
+        It is the beginning of ``within``, a buffer of arrays that are no smaller, or memory of its own.
+        """
         offsets = _offsets(arrays)
-        buffer = torch.empty(offsets[-1], dtype=torch.uint8, device=self._device)
+        buffer = (
+            torch.empty(offsets[-1], dtype=torch.uint8, device=self._device) if within is None else within
+        )
+        buffer = buffer[: offsets[-1]]
         tensors = [
             buffer[start : start + a.nbytes].view(_torch_dtype(a)).view(a.shape)
             for a, start in zip(arrays, offsets, strict=False)

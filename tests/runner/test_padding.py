@@ -17,6 +17,7 @@ from outrider.runner.batch import AttentionBatch, Batch
 from outrider.runner.kv_cache import KVCache
 from outrider.runner.padding import PREFILL_TOKENS, ShapeTable, StepShape, pad
 from outrider.runner.rows import RowTable, StepArrays
+from outrider.runner.staging import Staging
 from outrider.types import SeqSlice, StepPlan
 
 SHARED = Path(os.environ.get("OUTRIDER_SHARED", Path(__file__).parents[2].parent / "shared"))
@@ -113,6 +114,29 @@ def test_every_step_finds_a_shape_that_holds_it(max_num_seqs: int) -> None:
         assert shape.decodes >= num_decodes and shape.prefill_tokens >= sum(prompts)
         assert shape.prefill_seqs >= len(prompts)
     assert all(s.prefill_tokens in (0, *PREFILL_TOKENS) for s in table.start_shapes(512))
+
+
+def test_shapes_share_one_buffer() -> None:
+    """What the largest shape takes must hold every other; a smaller one's arrays begin where its own begin."""
+    table = ShapeTable(64)
+    layout = plan_layout((True, True, True, False), 64, 256, 16)
+    rows = RowTable(layout, 64, 256)
+    staging = Staging(torch.device("cpu"))
+    rng = np.random.default_rng(2)
+
+    def inputs(shape: StepShape) -> list[np.ndarray]:
+        num_decodes = min(shape.decodes, 3)
+        plan = random_plan(rng, rows, num_decodes, [9] if shape.prefill_tokens else [])
+        return pad(rows.arrays(plan.slices), shape, rows.max_blocks, 256).model_inputs()
+
+    whole, _ = staging.allocate(inputs(table.largest))
+    for shape in table.start_shapes(512):
+        arrays = inputs(shape)
+        buffer, tensors = staging.allocate(arrays, within=whole)
+        assert buffer.data_ptr() == whole.data_ptr() and len(buffer) <= len(whole)
+        for tensor, array in zip(tensors, arrays, strict=True):
+            tensor.copy_(torch.from_numpy(np.ascontiguousarray(array)))
+        assert all(np.array_equal(t.numpy(), a) for t, a in zip(tensors, arrays, strict=True))
 
 
 def test_the_usual_steps_have_their_graphs_from_the_start() -> None:
