@@ -63,8 +63,12 @@ class Pacer:
         self._most = max(self._capacity, area)
 
     def refund(self, area: int) -> None:
-        """A request ended with ``area`` left of what it paid (negative: it took more)."""
-        self._balance = min(self._most, self._balance + area)
+        """A request ended with ``area`` left of what it paid.
+
+        Negative: it took more, of steps that are over, and puts the next start off by no more than one start would.
+        """
+        least = min(self._balance, -self._most)
+        self._balance = min(self._most, max(least, self._balance + area))
 
 
 class Starts:

@@ -84,6 +84,21 @@ def test_answers_shorter_than_expected_do_not_slow_the_starts() -> None:
     assert steps_of_short_answers(Pacer) <= 1.1 * steps_of_short_answers(Eager)
 
 
+def test_answers_longer_than_expected_do_not_stop_those_that_come_later() -> None:
+    """What they took is over with: charged to the next requests, it would leave the pool to one of them at a time."""
+    scheduler = room_for(150, patience=math.inf)
+    for i in range(10):
+        params = SamplingParams(max_tokens=3000, eos_token_ids=(9,))
+        scheduler.add(Request(request_id=f"l{i}", prompt_token_ids=[1] * 64, sampling=params))
+    while scheduler.has_work:
+        step(scheduler)
+    for i in range(200):
+        scheduler.add(request(f"r{i}"))
+    for _ in range(200):
+        step(scheduler)
+    assert scheduler.update_stats().num_running > 20
+
+
 def counted_wait(running: Holdings, group: Holdings, capacity: int) -> float:
     """The first step at which the group can start and nothing ever exceeds the capacity, found by trying."""
     horizon = int(running.steps.max() + group.steps[0]) + 2
