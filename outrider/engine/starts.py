@@ -125,7 +125,10 @@ class Starts:
         if by_itself:
             self.estimator.observe(seq.num_read)
         if seq.paid:
-            self._pacer.refund(seq.paid - self._area(seq, seq.num_outputs))
+            left = seq.paid - self._area(seq, seq.num_outputs)
+            self._pacer.refund(left)
+            if left > 0:
+                self._hold_steps = 0  # room before its time: look again
 
     def left(self, seq: Sequence) -> None:
         """A request is gone."""

@@ -165,6 +165,20 @@ def test_a_plan_never_takes_much_longer_than_even_starts(count: int) -> None:
     assert planned <= 1.04 * spread
 
 
+def test_a_wait_ends_with_what_it_waited_for() -> None:
+    """Requests that are aborted leave their room at once: nobody waits on for their planned end."""
+    scheduler = room_for(60)
+    for i in range(100):
+        scheduler.add(request(f"r{i}"))
+    while scheduler.starts._hold_steps <= 30:
+        step(scheduler)
+    for seq in scheduler._running[1:]:
+        scheduler.abort(seq.request.request_id)
+    for _ in range(10):
+        step(scheduler)
+    assert scheduler.update_stats().num_running > 5
+
+
 def test_who_comes_during_the_wait_is_served_too() -> None:
     """Arrivals and aborts at any time change the plan; nobody waits for ever and nobody is preempted."""
     rng = random.Random(5)
