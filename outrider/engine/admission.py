@@ -36,6 +36,13 @@ class OutputEstimator:
         self._var = 0.0
         self._weight = weight
         self._num_seen = 0
+        self._known = [0, 0, 0]  # sums of the second to fourth powers of the known lengths that are live
+
+    def follow(self, seq: Sequence, sign: int) -> None:
+        """A request came (``sign`` 1) or is gone (-1)."""
+        if _is_exact(seq):
+            for i in range(3):
+                self._known[i] += sign * seq.request.sampling.max_tokens ** (i + 2)
 
     def observe(self, num_outputs: int) -> None:
         """A request ended by itself after ``num_outputs`` tokens."""
@@ -54,9 +61,14 @@ class OutputEstimator:
         return self._bounded(seq, max(self._mean, seq.request.sampling.min_tokens))
 
     def is_regular(self, seq: Sequence) -> bool:
-        """Whether its length is known, or those before it were so alike that it is as good as known."""
-        has_learned = self._num_seen * self._weight > 1
-        return _is_exact(seq) or (has_learned and self._var**0.5 < REGULAR * self._mean)
+        """Whether those like it end together: known lengths that are alike, or learned ones that were.
+
+        Known ones weigh as much as they hold of the pool over time, which grows with the square of their length.
+        """
+        if _is_exact(seq):
+            weight, mean, square = self._known
+            return weight * square - mean * mean <= (REGULAR * mean) ** 2
+        return self._num_seen * self._weight > 1 and self._var**0.5 < REGULAR * self._mean
 
     def _bounded(self, seq: Sequence, guess: float) -> int:
         max_tokens = seq.request.sampling.max_tokens

@@ -97,6 +97,7 @@ class Starts:
         """A request was queued."""
         seq.demand = self._kv.num_blocks_for(self.estimator.expected_total(seq))
         self._demand += seq.demand
+        self.estimator.follow(seq, 1)
         self._quiet_steps, self._hold_steps, self._is_last_wave = 0, 0, False
 
     def next_step(self) -> None:
@@ -133,6 +134,7 @@ class Starts:
     def left(self, seq: Sequence) -> None:
         """A request is gone."""
         self._demand -= seq.demand
+        self.estimator.follow(seq, -1)
 
     def _area(self, seq: Sequence, num_outputs: int) -> int:
         """Blocks that the sequence holds on average, times its steps, if it generates so many tokens."""

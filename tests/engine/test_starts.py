@@ -165,6 +165,33 @@ def test_a_plan_never_takes_much_longer_than_even_starts(count: int) -> None:
     assert planned <= 1.04 * spread
 
 
+def steps_of_lengths(lengths: list[tuple[int, int]], pacer: type[Pacer]) -> int:
+    """Steps until requests of these prompts and outputs are through; the queue is never planned."""
+    scheduler = room_for(60, patience=math.inf)
+    scheduler.starts._pacer = pacer(scheduler.kv.pool.capacity)
+    for i, (prompt, outputs) in enumerate(lengths):
+        params = SamplingParams(max_tokens=outputs, temperature=0.0, ignore_eos=True)
+        scheduler.add(Request(request_id=f"r{i}", prompt_token_ids=[1] * prompt, sampling=params))
+    num_steps = 0
+    while scheduler.has_work:
+        step(scheduler)
+        num_steps += 1
+    return num_steps
+
+
+def test_requests_of_unlike_length_start_as_soon_as_they_fit() -> None:
+    """They do not end together, so nothing is gained by spreading their starts."""
+    rng = random.Random(0)
+    lengths = [(rng.randrange(8, 120), rng.randrange(20, 500)) for _ in range(200)]
+    assert steps_of_lengths(lengths, Pacer) <= 1.06 * steps_of_lengths(lengths, Eager)
+
+
+def test_short_requests_between_long_ones_do_not_count() -> None:
+    """The pool is the long ones', which are alike and would end together."""
+    lengths = [(64, 600) if i % 2 else (16, 16) for i in range(120)]
+    assert steps_of_lengths(lengths, Pacer) <= 0.9 * steps_of_lengths(lengths, Eager)
+
+
 def test_a_wait_ends_with_what_it_waited_for() -> None:
     """Requests that are aborted leave their room at once: nobody waits on for their planned end."""
     scheduler = room_for(60)
