@@ -1,6 +1,7 @@
 """The splits of decode attention become one row a head: inside the decode kernel, or in a kernel of their own.
 
-Used by ``attention_decode`` only. A split leaves its softmax average ``[D]`` and the base-2 logarithm of its mass.
+Used by ``attention_decode`` and ``rope_attention``. A split leaves its softmax average ``[D]`` and the base-2 logarithm
+of its mass.
 """
 
 from __future__ import annotations

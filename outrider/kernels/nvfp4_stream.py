@@ -1,6 +1,6 @@
 """Grouped products with repacked NVFP4 weights on Hopper: decoded to e4m3 in registers, straight into wgmma.
 
-Called by ``moe`` on weights that ``nvfp4_repack`` reordered. Weight rows are the tensor core's M side and come
+Called by ``moe_nvfp4`` on weights that ``nvfp4_repack`` reordered. Weight rows are the tensor core's M side and come
 from registers, the rows of activations its N side from shared memory; a weight byte crosses memory, shared memory
 and registers once. Written in Gluon because the register layout of the weights is the point. Needs wgmma (sm_90).
 """
@@ -149,7 +149,7 @@ AOT_SPECS = [
 HOPPER_AOT_SPECS = [
     _aot_spec(StreamTile(16, 4, 3, 4), gated=True),
     _aot_spec(StreamTile(16, 4, 3, 4, split_k=4), gated=False),
-    _aot_spec(StreamTile(32, 4, 3, 3), gated=False),
+    _aot_spec(StreamTile(32, 4, 3, 4), gated=False),
     _aot_spec(StreamTile(64, 8, 3, 2), gated=True),
     _aot_spec(StreamTile(128, 8, 4, 1), gated=False),
 ]

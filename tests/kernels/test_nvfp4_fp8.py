@@ -10,8 +10,8 @@ import pytest
 import torch
 from test_nvfp4 import DEVICE, GPU, WIDE, decode_slowly, error, random_weights
 
-from outrider.kernels import moe, nvfp4
-from outrider.kernels.moe_nvfp4 import moe_nvfp4_repacked
+from outrider.kernels import moe, nvfp4, nvfp4_stream
+from outrider.kernels.moe_nvfp4 import STREAM_TILES, moe_nvfp4_repacked
 from outrider.kernels.nvfp4_decode import block_ptx
 from outrider.kernels.nvfp4_repack import can_repack, quantize_stream, repack_nvfp4_, unpack_to_fp8
 from outrider.kernels.nvfp4_stream import StreamTile
@@ -123,6 +123,18 @@ def test_which_matrices_divide_into_tiles():
     """Guards: a tensor-parallel shard that the tiles would cut."""
     assert can_repack(16384, 5120, gated=True) and can_repack(5120, 8192, gated=False)
     assert not can_repack(64, 512, gated=True) and not can_repack(64, 768, gated=False)
+
+
+def test_the_tiles_in_use_are_those_that_the_compile_test_sees():
+    """Guards: a table that moves on to tiles whose registers spill, or whose products wait for one another."""
+
+    def key(spec):
+        _, _, constants, options, _ = spec
+        return constants["ROWS"], constants["STAGES"], constants["SPLIT_K"], *options.items()
+
+    seen = {key(spec) for spec in nvfp4_stream.HOPPER_AOT_SPECS}
+    used = {key(nvfp4_stream._aot_spec(tile, False)) for _, *tiles in STREAM_TILES for tile in tiles}
+    assert used <= seen
 
 
 @pytest.mark.skipif(not GPU, reason="Gluon kernels have no interpreter; benchmarks check them too")
