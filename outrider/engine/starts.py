@@ -111,15 +111,16 @@ class Starts:
         head = waiting[0]
         if not running:
             return True
-        in_waves = self._demand > self._capacity and not head.num_outputs and self.estimator.is_regular(head)
+        in_waves = self._demand > self._capacity and not head.paid and self.estimator.is_regular(head)
         if in_waves and not self._is_its_turn(running, waiting):
             return False
         return fits(running, head, self.estimator, self._kv.layout, self._capacity)
 
     def started(self, seq: Sequence) -> None:
-        """A request that had not run before starts."""
-        seq.paid = self._area(seq, self.estimator.mean_outputs(seq))
-        self._pacer.pay(seq.paid)
+        """A request starts; one that was preempted in its prompt has paid."""
+        if not seq.paid:
+            seq.paid = self._area(seq, self.estimator.mean_outputs(seq))
+            self._pacer.pay(seq.paid)
 
     def ended(self, seq: Sequence, *, by_itself: bool) -> None:
         """A request ended, ``by_itself`` or because it was told to."""

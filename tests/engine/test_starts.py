@@ -99,6 +99,27 @@ def test_answers_longer_than_expected_do_not_stop_those_that_come_later() -> Non
     assert scheduler.update_stats().num_running > 20
 
 
+def test_a_start_is_paid_once() -> None:
+    """Guards: a request that was preempted in its prompt and pays, or waits for its turn, a second time."""
+    paid: list[int] = []
+
+    class Counting(Pacer):
+        def pay(self, area: int) -> None:
+            paid.append(area)
+            super().pay(area)
+
+    scheduler = room_for(10)
+    scheduler.starts._pacer = Counting(scheduler.kv.pool.capacity)
+    params = SamplingParams(max_tokens=900, temperature=0.0, ignore_eos=True)
+    scheduler.add(request("first"))
+    scheduler.add(Request(request_id="long", prompt_token_ids=[1] * 1500, sampling=params))
+    step(scheduler)
+    assert scheduler._running[-1].request.request_id == "long" and not scheduler._running[-1].num_outputs
+    scheduler._preempt(scheduler._running[-1])
+    step(scheduler)
+    assert scheduler.update_stats().num_running == 2 and len(paid) == 2
+
+
 def counted_wait(running: Holdings, group: Holdings, capacity: int) -> float:
     """The first step at which the group can start and nothing ever exceeds the capacity, found by trying."""
     horizon = int(running.steps.max() + group.steps[0]) + 2
