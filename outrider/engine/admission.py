@@ -1,4 +1,4 @@
-"""Look-ahead admission: may one more sequence start without anybody being preempted later, and should it start now?
+"""Look-ahead admission: may one more sequence start without anybody being preempted later?
 
 Called by the scheduler. Every running sequence grows by one token a step until its expected end, then gives
 its blocks back. The blocks in use therefore peak just before some sequence ends; a newcomer is admitted when

@@ -176,7 +176,7 @@ class Starts:
         apart = wait_of(count - num_first, others + first)
         evenly = count * self._area(head, num_outputs) / self._capacity
         if min(together, apart) > WORTH_WAITING * evenly:
-            self._quiet_steps = self._patience - LOOK_AGAIN_STEPS
+            self._quiet_steps = self._patience - LOOK_AGAIN_STEPS  # a look costs a millisecond
             return self._pacer.may_start
         if apart > together:
             self._hold_steps = int(together) // 2  # then look again

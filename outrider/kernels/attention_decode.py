@@ -19,6 +19,8 @@ from outrider.kernels.attention_merge import _merge_kernel, merge_group, split_b
 from outrider.kernels.overlap import overlap_options, wait_for_inputs
 
 LOG2_E = 1.4426950408889634
+MAX_GROUP = 16
+"""Most query heads of a kv head: the rows of one matrix product."""
 FP8 = torch.float8_e4m3fn
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 

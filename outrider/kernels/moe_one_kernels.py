@@ -46,7 +46,7 @@ ONE_TILE = OneTile()
 """H200, 2026-11-26, a whole layer: 91.0 us, with other sizes 92 to 103: benchmarks/results/kernels_few_nvfp4_h200.json.
 
 Gate and up alone 32.7 us, with the routed expert's programs last 36.6 (floor 31); down alone 20.1, with the registers
-that the compiler takes 24.1, since then not all programs run at once (floor 16).
+that the compiler takes 24.1, because not all programs run at once then (floor 16).
 """
 
 

@@ -8,6 +8,7 @@ import torch
 
 from outrider.config import EngineConfig
 from outrider.errors import ConfigError
+from outrider.kernels.attention_decode import MAX_GROUP
 from outrider.models.config import ModelConfig
 
 DTYPES = {
@@ -40,6 +41,11 @@ def resolve(config: EngineConfig, model: ModelConfig) -> Resolved:
         raise ConfigError("--device cuda was asked for, but torch sees no CUDA device; use --device cpu.")
     device = torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
     on_gpu = device.type == "cuda"
+    if on_gpu and model.num_heads > MAX_GROUP * model.num_kv_heads:
+        raise ConfigError(
+            f"{model.num_heads} query heads on {model.num_kv_heads} key and value heads are more than {MAX_GROUP} "
+            "on one, which the GPU kernels cannot take; use --device cpu."
+        )
     if config.deterministic and on_gpu:
         _check_deterministic(config, model)
     dtype = _dtype(config, model, on_gpu)

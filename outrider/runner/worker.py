@@ -113,10 +113,12 @@ class Channel:
         self._sock = sock
         self._reader = FrameReader(message_type)
         self._ready: list[object] = []
+        self._sending = threading.Lock()
 
     def send(self, message: object) -> None:
-        """Write one message."""
-        send_frame(self._sock, message)
+        """Write one message; threads take turns."""
+        with self._sending:
+            send_frame(self._sock, message)
 
     def receive(self) -> object | None:
         """The next message; None when the peer is gone."""
@@ -194,7 +196,7 @@ def serve(channel: Channel) -> None:
     reports = rank.parallel.is_last_stage and rank.parallel.tp_rank == 0
     launched: queue.SimpleQueue[LaunchedStep] = queue.SimpleQueue()
     if reports:
-        threading.Thread(target=_report, args=(launched, channel), daemon=True).start()
+        threading.Thread(target=_report, args=(launched, channel, _current_device()), daemon=True).start()
     while (message := channel.receive()) is not None:
         assert isinstance(message, Launch)
         step = runner.launch(message.plan)
@@ -202,9 +204,16 @@ def serve(channel: Channel) -> None:
             launched.put(step)
 
 
-def _report(launched: queue.SimpleQueue[LaunchedStep], channel: Channel) -> None:
+def _current_device() -> int | None:
+    """The CUDA device of this thread, if any is in use."""
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+
+def _report(launched: queue.SimpleQueue[LaunchedStep], channel: Channel, device: int | None) -> None:
     """Send the outcome of each step when it is there; meanwhile the next one is launched."""
     try:
+        if device is not None:
+            torch.cuda.set_device(device)  # a thread begins on the first one
         while True:
             channel.send(Done(launched.get().wait()))
     except OSError:  # the engine ended

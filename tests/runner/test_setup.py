@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from outrider.config import EngineConfig
 from outrider.errors import ConfigError
-from outrider.runner import setup
+from outrider.models.config_hf import load_model_config
+from outrider.runner import resolve, setup
 
 SHARED = Path(os.environ.get("OUTRIDER_SHARED", Path(__file__).parents[2].parent / "shared"))
 FIXTURE = SHARED / "fixtures/llama4-tiny-a/bf16"
@@ -65,3 +68,14 @@ print(",".join(sorted(heavy & set(sys.modules))) or "none of them")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "none of them"
+
+
+def test_more_query_heads_than_a_kernel_takes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against attention over the first sixteen heads of a group, without a word."""
+    model = load_model_config(FIXTURE)
+    wide = dataclasses.replace(model, num_heads=17 * model.num_kv_heads)
+    resolve.resolve(EngineConfig(device="cpu"), wide)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    resolve.resolve(EngineConfig(), model)
+    with pytest.raises(ConfigError, match="use --device cpu"):
+        resolve.resolve(EngineConfig(), wide)
