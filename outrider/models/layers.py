@@ -185,7 +185,7 @@ class Attention:
             out = paged_attention(
                 q, k_cache, v_cache, tables, shape.query_start, lens, shape.num_decodes,
                 shape.max_query_len, shape.max_seq_len, self.sm_scale, self.chunk_size, *scales,
-                self.o.input_scale,
+                out_scale=self.o.input_scale,
             )  # fmt: skip
         return self.parallel.all_reduce(self.o(out))
 
