@@ -1,6 +1,6 @@
 """The gated activation of an MLP: ``silu(gate) * up``, written as FP8 when the next product wants it.
 
-Called by dense and shared-expert MLPs; routed experts have it inside their own kernels (``moe``).
+Called by dense and shared-expert MLPs; the kernels of experts compute it themselves, with ``swiglu_rounded``.
 """
 
 from __future__ import annotations
@@ -33,6 +33,13 @@ def silu_mul_reference(gate_up: torch.Tensor, fp8_scale: torch.Tensor | None = N
 
 
 @triton.jit
+def swiglu_rounded(gate, up, DTYPE: tl.constexpr):
+    """``silu(gate) * up`` in ``DTYPE`` of two products, each rounded to it first: as the separate operations round."""
+    gate = gate.to(DTYPE).to(tl.float32)
+    return (gate * tl.sigmoid(gate) * up.to(DTYPE).to(tl.float32)).to(DTYPE)
+
+
+@triton.jit
 def _silu_mul_kernel(
     gate_up_ptr,
     out_ptr,
@@ -48,8 +55,7 @@ def _silu_mul_kernel(
     mask = cols < num_cols
     gate = tl.load(gate_up_ptr + row * row_stride + cols, mask=mask, other=0.0)
     up = tl.load(gate_up_ptr + row * row_stride + num_cols + cols, mask=mask, other=0.0)
-    wide = gate.to(tl.float32)
-    y = (wide * tl.sigmoid(wide) * up.to(tl.float32)).to(gate.dtype)
+    y = swiglu_rounded(gate, up, gate.dtype)
     if HAS_FP8:
         tl.store(out_ptr + row * num_cols + cols, to_fp8(y.to(tl.float32), tl.load(scale_ptr)), mask=mask)
     else:

@@ -26,7 +26,7 @@ from outrider.kernels.moe_few_kernels import (
     _few_gate_up_kernel,
 )
 from outrider.kernels.moe_few_one import _gate_up_one_kernel
-from outrider.kernels.moe_few_route import ROUTE_GROUP, ROUTE_STEP, ROUTE_WARPS, _norm_route_kernel
+from outrider.kernels.moe_few_route import _norm_route_kernel, route_options
 from outrider.kernels.moe_gemm import TRITON_DTYPES, Tile
 from outrider.kernels.norm import rms_norm_reference
 from outrider.kernels.overlap import overlap_options
@@ -37,7 +37,6 @@ DOWN_ONE_TILE: GemvTile | None = GemvTile(1, 2048, 4)
 
 H200, 2026-11-26, a whole layer of one token: 89.9 us, with other sizes 90.9 to 96.2.
 """
-
 
 UP_ONE_TILE: GemvTile | None = GemvTile(1, 1024, 2)
 """For the first products of one token, ``outputs`` pairs of a gate and an up row; None: the table's.
@@ -147,13 +146,10 @@ def norm_route_triton(
         norm.eps,
         *experts.expert_range,
         EXPERTS=router.shape[0],
-        SIZE=size,
         ROWS=FEW_ROWS,
         QUANTIZE=True,
         ROOT=0.0,
-        GROUP=ROUTE_GROUP,
-        STEP=min(ROUTE_STEP, power_of_two_at_least(size, 128)),
-        num_warps=ROUTE_WARPS,
+        **route_options(size),
         **overlap_options(x.device, num_tokens),
     )
     return _FewRows(rows, expert_ids)
@@ -178,8 +174,8 @@ def moe_few_triton(
     else:
         hidden, shared_hidden = few_gate_up_triton(rows, experts, shared, x, up_tile)
     depths = (experts.w2.shape[2], shared.down.shape[1])
-    one = DOWN_ONE_TILE if num_tokens == 1 and tiles is None else None
-    if one is not None and all(one.takes(depth) for depth in depths):
+    one = DOWN_ONE_TILE
+    if lone and one is not None and all(one.takes(depth) for depth in depths):
         return down_one_triton(
             hidden, shared_hidden, rows.expert_ids, experts.w2, experts.a2_scale, experts.w2_scale,
             shared.down, shared.down_input_scale, shared.down_scale, x.dtype, one,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from outrider.kernels.activation import swiglu_rounded
 from outrider.kernels.moe_gemm import Tile
 from outrider.kernels.overlap import wait_for_inputs
 from outrider.kernels.quantize import to_fp8
@@ -57,9 +58,7 @@ def _store_swiglu(
     out_ptr, gate, up, mine, scale_ptr, tile_n, inter,
     MODEL_DTYPE: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    gate = gate.to(MODEL_DTYPE).to(tl.float32)
-    up = up.to(MODEL_DTYPE).to(tl.float32)
-    out = (gate * tl.sigmoid(gate) * up).to(MODEL_DTYPE).to(tl.float32)
+    out = swiglu_rounded(gate, up, MODEL_DTYPE).to(tl.float32)
     columns = tile_n * OUTPUTS + tl.arange(0, OUTPUTS)
     rows = tl.arange(0, ROWS)
     mask = mine[None, :] & (columns < inter)[:, None]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from outrider.kernels.activation import swiglu_rounded
 from outrider.kernels.gemv import _load_tiles, _multiply
 from outrider.kernels.overlap import wait_for_inputs
 from outrider.kernels.quantize import to_fp8
@@ -27,11 +28,9 @@ def _pairs(first, inter, OUTPUTS: tl.constexpr):
 
 @triton.jit
 def _store_pairs(total, scale_ptr, out_ptr, first, inter, MODEL_DTYPE: tl.constexpr, OUTPUTS: tl.constexpr):
-    """SwiGLU of ``total [2 * OUTPUTS]``, quantised: as ``moe_few_kernels`` rounds it."""
+    """SwiGLU of ``total [2 * OUTPUTS]``, quantised."""
     gate, up = tl.split(tl.reshape(total, (OUTPUTS, 2)))
-    gate = gate.to(MODEL_DTYPE).to(tl.float32)
-    up = up.to(MODEL_DTYPE).to(tl.float32)
-    out = (gate * tl.sigmoid(gate) * up).to(MODEL_DTYPE).to(tl.float32)
+    out = swiglu_rounded(gate, up, MODEL_DTYPE).to(tl.float32)
     columns = first + tl.arange(0, OUTPUTS)
     tl.store(out_ptr + columns, to_fp8(out, tl.load(scale_ptr)), mask=columns < inter)
 

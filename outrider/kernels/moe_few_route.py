@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from outrider.kernels._dispatch import power_of_two_at_least
 from outrider.kernels.fp8_row import plane_place
 from outrider.kernels.moe_few_kernels import FEW_ROWS
 from outrider.kernels.nvfp4_row import half_block_scale, half_place
@@ -21,6 +22,12 @@ from outrider.kernels.quantize import to_fp8
 
 ROUTE_GROUP, ROUTE_STEP, ROUTE_WARPS = 16, 1024, 16
 """Router rows and columns of a tile. Scout's 164 KB of router weights lie in the registers of one program."""
+
+
+def route_options(size: int) -> dict[str, int]:
+    """Launch constants of ``_norm_route_kernel`` for rows of ``size``."""
+    step = min(ROUTE_STEP, power_of_two_at_least(size, 128))
+    return {"SIZE": size, "GROUP": ROUTE_GROUP, "STEP": step, "num_warps": ROUTE_WARPS}
 
 
 @triton.jit

@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from outrider.kernels._dispatch import arrival_counters, ceil_div, num_sms, power_of_two_at_least
+from outrider.kernels.activation import swiglu_rounded
 from outrider.kernels.moe_dispatch import SortedRows
 from outrider.kernels.quantize import to_fp8
 
@@ -120,9 +121,7 @@ def _gate_up_kernel(
                 scale = tl.load(x_scale_ptr) * tl.load(w_scale_ptr + expert)
                 gate = gate * scale
                 up = up * scale
-        gate = gate.to(MODEL_DTYPE).to(tl.float32)
-        up = up.to(MODEL_DTYPE).to(tl.float32)
-        out = (gate * tl.sigmoid(gate) * up).to(MODEL_DTYPE)
+        out = swiglu_rounded(gate, up, MODEL_DTYPE)
         out_ptrs = out_ptr + rows[:, None].to(tl.int64) * inter + columns[None, :]
         mask = (rows[:, None] < end) & (columns[None, :] < inter)
         if QUANTIZE:

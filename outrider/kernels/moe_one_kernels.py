@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from outrider.kernels.activation import swiglu_rounded
 from outrider.kernels.fp8_row import add_fp8_tile, load_fp8_tile, plane_place, sum_fp8_rows
 from outrider.kernels.nvfp4_row import (
     SCALE_SHIFT,
@@ -98,7 +99,7 @@ def _one_gate_up_kernel(
             acc = add_fp8_tile(acc, tiles[i], x_ptr, i, DEPTH, WARPS, ASM)
         gate, up = tl.split(tl.reshape(sum_fp8_rows(acc) * scale, (OUTPUTS, 2)))
         outputs = program * OUTPUTS + tl.arange(0, OUTPUTS)
-        out = _swiglu(gate, up, DTYPE).to(tl.float32)
+        out = swiglu_rounded(gate, up, DTYPE).to(tl.float32)
         tl.store(shared_out_ptr + plane_place(outputs), out, mask=outputs < shared_inter)
     else:
         group = routed * GROUPS
@@ -123,15 +124,8 @@ def _one_gate_up_kernel(
                 )
                 words, scales = further, further_scales
             gate = sum_expert_rows(sums[0], GROUPS, WARPS) * w_scale
-            out = _swiglu(gate, sum_expert_rows(sums[1], GROUPS, WARPS) * w_scale, DTYPE)
+            out = swiglu_rounded(gate, sum_expert_rows(sums[1], GROUPS, WARPS) * w_scale, DTYPE)
             store_half_blocks(out_ptr, out_scale_ptr, group * 8, out.to(tl.float32), inter, 8 * GROUPS)
-
-
-@triton.jit
-def _swiglu(gate, up, DTYPE: tl.constexpr):
-    """``silu(gate) · up`` of products rounded to the model dtype, rounded to it."""
-    gate = gate.to(DTYPE).to(tl.float32)
-    return (gate * tl.sigmoid(gate) * up.to(DTYPE).to(tl.float32)).to(DTYPE)
 
 
 @triton.jit

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from outrider.kernels._dispatch import ceil_div, interpreted, on_gpu, power_of_two_at_least
+from outrider.kernels._dispatch import ceil_div, interpreted, on_gpu
 from outrider.kernels.activation import silu_mul_reference
 from outrider.kernels.moe import route_reference
 from outrider.kernels.moe_few import NormWeights
-from outrider.kernels.moe_few_route import ROUTE_GROUP, ROUTE_STEP, ROUTE_WARPS, _norm_route_kernel
+from outrider.kernels.moe_few_route import _norm_route_kernel, route_options
 from outrider.kernels.moe_gemm import TRITON_DTYPES
 from outrider.kernels.moe_one_kernels import ONE_TILE, OneTile, _one_down_kernel, _one_gate_up_kernel
 from outrider.kernels.norm import rms_norm_reference
@@ -136,13 +136,10 @@ def norm_route_one_triton(
         norm.eps,
         *expert_range,
         EXPERTS=router.shape[0],
-        SIZE=size,
         ROWS=1,
         QUANTIZE=False,
         ROOT=math.sqrt(size),
-        GROUP=ROUTE_GROUP,
-        STEP=min(ROUTE_STEP, power_of_two_at_least(size, 128)),
-        num_warps=ROUTE_WARPS,
+        **route_options(size),
         **overlap_options(x.device, 1),
     )
     return _OneRow(row, half, half_scale, expert_id)

@@ -50,6 +50,12 @@ def block_ptx(scale: str, byte: int, words: tuple[str, str], out: tuple[str, ...
 
 
 @triton.jit
+def sign_place(i):
+    """The bit of a repacked word, of 16 codes, that holds the sign of code ``i``; see ``block_ptx``."""
+    return i // 8 * 32 + i % 8 * 8 + 7 - i % 8 // 4 * 36
+
+
+@triton.jit
 def stream_source(place):
     """The in feature at place ``place`` of a row of activations in the order of ``nvfp4_repack``'s weights."""
     piece = place % 512 // 32

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from outrider.kernels._dispatch import interpreted, power_of_two_at_least
 from outrider.kernels.moe_dispatch import ROW_PADDING
-from outrider.kernels.nvfp4_decode import block_ptx, stream_source
+from outrider.kernels.nvfp4_decode import block_ptx, sign_place, stream_source
 from outrider.kernels.quantize import MIN_ROW_SCALE, to_fp8
 
 CHUNK = 512
@@ -238,7 +238,7 @@ def unpack_reference(packed: torch.Tensor, block_scale: torch.Tensor, gated: boo
     values = torch.empty(num_rows, num_blocks, 16, device=packed.device)
     magnitudes = torch.tensor(E2M1_MAGNITUDES, device=packed.device)
     for i in range(16):
-        sign = (word >> (32 * (i // 8) + (8 * (i % 8) + 7 if i % 8 < 4 else 8 * (i % 8) - 29))) & 1
+        sign = (word >> sign_place.fn(i)) & 1
         values[source_row, tile % chunks * (CHUNK // 16) + block, i] = (
             magnitudes[(word >> (4 * i)) & 7] * (1 - 2 * sign) * scale
         )

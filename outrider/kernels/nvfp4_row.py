@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from outrider.kernels.nvfp4_decode import sign_place
+
 SCALE_SHIFT = 12
 """Powers of two by which the sums of ``add_expert_chunk`` are too small: scales keep a lower exponent."""
 
@@ -88,7 +90,7 @@ def _dot_plainly(word, x0, x1, x2, x3):
     total = tl.zeros(word.shape, tl.float32)
     for i in tl.static_range(16):
         code = ((word >> (4 * i)) & 7).to(tl.int32)
-        sign = (word >> (32 * (i // 8) + (8 * (i % 8) + 7 if i % 8 < 4 else 8 * (i % 8) - 29))) & 1
+        sign = (word >> sign_place(i)) & 1
         exponent = code >> 1
         fraction = (code & 1).to(tl.float32) * 0.5
         value = tl.where(exponent == 0, fraction, (1.0 + fraction) * tl.exp2(exponent.to(tl.float32) - 1.0))
