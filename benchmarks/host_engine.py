@@ -59,7 +59,7 @@ class ClockDevice:
 
     def __init__(self, layout: KVLayout, step_s: float, records: Path | None) -> None:
         self._table = RowTable(layout, NUM_ROWS, MAX_MODEL_LEN)
-        self._shapes = ShapeTable(NUM_ROWS)
+        self._shapes = ShapeTable(NUM_ROWS, 512)
         self._num_blocks = -(-MAX_MODEL_LEN // layout.block_size)
         self._rng = np.random.default_rng(0)
         self._step_s = step_s

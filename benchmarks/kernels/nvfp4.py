@@ -13,7 +13,7 @@ import torch
 from benchmarks.kernels.common import Report, graph_us, parse_args, relative_error
 from outrider.kernels import moe, moe_nvfp4, nvfp4
 from outrider.kernels.moe_dispatch import STREAM_FP8, SortedRows, gather_rows_triton
-from outrider.kernels.nvfp4_repack import quantize_stream, repack_nvfp4_, unpack_to_fp8
+from outrider.kernels.nvfp4_repack import quantize_stream, repack_nvfp4_
 from outrider.kernels.nvfp4_stream import StreamTile, stream_triton
 
 EXPERTS, HIDDEN, INTER = 16, 5120, 8192
@@ -209,12 +209,6 @@ def bench_moe(report: Report, sets: list[Experts], num_tokens: int, pairs: list[
         timed(report, f"{case} up", label(pair[0]), calls, None, 0.0, up_bytes, flops)
         calls = [lambda w=w, pair=pair: down(w, pair[1]) for w in sets]
         timed(report, f"{case} down", label(pair[1]), calls, None, 0.0, up_bytes / 2, flops / 2)
-    if num_tokens >= 2048:
-        calls = [
-            lambda w=w: moe_nvfp4.moe_nvfp4_unpacked(x, ids, scores, w.repacked_up, w.repacked_down, None)
-            for w in sets
-        ]
-        timed(report, case, "decoded to memory first", calls, expected, 0.09, 1.5 * up_bytes, 1.5 * flops)
     calls = [lambda w=w: op(w, None) for w in sets]
     timed(report, case, "table", calls, expected, 0.09, 1.5 * up_bytes, 1.5 * flops)
 
@@ -224,33 +218,12 @@ def _stream_rows(hidden: torch.Tensor, rows: SortedRows) -> tuple[torch.Tensor, 
     return codes, rows.index, rows.offsets, scale
 
 
-def bench_helpers(report: Report, weights: Experts) -> None:
-    """Decoding one layer's weights to memory, and turning activations into e4m3 in stream order."""
-    for name, tensors, gated in (("w13", weights.repacked_up, True), ("w2", weights.repacked_down, False)):
-        calls = [lambda t=tensors, g=gated: unpack_to_fp8(*t[:2], gated=g)] * 2
-        timed(
-            report,
-            f"nvfp4 decode {name}",
-            "to fp8 memory",
-            calls,
-            None,
-            0.0,
-            2 * tensors[0].numel() * 25 / 16,
-            0,
-        )
-    error = relative_error(
-        unpack_to_fp8(*weights.repacked_up[:2], gated=True)[0].float() * 8, _exact(weights.up)
-    )
-    print(f"decoded w13 of expert 0: relative error {error:.4f} (expected about 0.02)")
+def bench_helpers(report: Report) -> None:
+    """Turning activations into e4m3 in stream order."""
     x = torch.randn(512, INTER, device="cuda", dtype=torch.bfloat16)
     timed(
         report, "quantize stream T=512", "", [lambda: quantize_stream(x)[0]] * 8, None, 0.0, 3 * x.numel(), 0
     )
-
-
-def _exact(weights: Weights) -> torch.Tensor:
-    one = torch.ones((), device="cuda")
-    return nvfp4.dequantize_nvfp4(weights[0][0], weights[1][0], one, torch.float32)
 
 
 def main() -> None:
@@ -259,7 +232,7 @@ def main() -> None:
     report = Report("nvfp4", args.json)
     accuracy()
     sets = [Experts() for _ in range(3)]
-    bench_helpers(report, sets[0])
+    bench_helpers(report)
     for num_tokens, pairs in CANDIDATES.items():
         bench_moe(report, sets, num_tokens, pairs + ([] if args.quick else MORE.get(num_tokens, [])))
     for name in DENSE:

@@ -47,6 +47,13 @@ SHUTTING_DOWN = "The server is shutting down; send the request to another one."
 TOO_SLOW = "The client reads its answer too slowly; the server ended the request."
 EXPIRED = "The request took longer than the {:.0f} s that --request-timeout allows."
 
+ENGINE_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+}
+"""Unless the user says otherwise: threads that spin while they wait starve each other on shared cores, and a GPU's
+free memory is not cut into pieces that fit no prompt (docs/log.md)."""
+
 _END_GRACE_S = 3.0
 _MAX_FAILED_STARTS = 5
 """So many failed attempts to start the engine again, and the liveness probe gives up too."""
@@ -112,8 +119,7 @@ class ProcessEngineClient:
     async def _launch(self) -> None:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "outrider.engine.process", str(theirs.fileno()), str(os.getpid())]
-        # Threads that spin while they wait starve each other on shared cores (docs/log.md).
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+        environment = {**ENGINE_ENVIRONMENT, **os.environ}
         # A session of its own: the ranks that the engine starts are in it, so that all end together.
         self._process = subprocess.Popen(
             command,

@@ -21,12 +21,8 @@ QUIET_STEPS = 64
 LOOK_AGAIN_STEPS = 8
 """Steps between two looks at a queue that is not worth a plan yet."""
 
-LAST_WAVE_SHARES = 2
-"""Shares of prompt tokens in a step while the last requests start together: as many as a CUDA graph holds.
-
-H200, 2026-11-26, NVFP4: four shares, launched without a graph, took 115 ms a step whatever decoded beside them.
-"""
-
+LAST_WAVE_SHARES = 4
+"""Shares of prompt tokens in a step while the last requests start together: as many as a CUDA graph holds."""
 
 WORTH_WAITING = 0.6
 """A last wave that begins later than this share of the time that even starts take gains too little.

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 _OPS = {
+    "embedding": ("triton, table in host memory unless tied", "torch"),
     "attention": ("triton split-kv + ragged prefill", "torch sdpa"),
     "norm, rope, activation": ("triton fused", "torch"),
     "gemm": ("cublaslt + triton few-rows", "torch"),

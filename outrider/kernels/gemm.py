@@ -55,6 +55,9 @@ H200, 2026-11-26, a whole layer of 4 and 16 tokens: e4m3 184 and 384 us, other t
 benchmarks/results/kernels_few_h200.json. The entries of 64 rows and of bf16 are estimates.
 """
 
+MOST_FEW_ROWS = SKINNY_TILES[torch.bfloat16][-1][0]
+"""Rows up to which a bf16 product takes one of these tiles."""
+
 GEMV_TILE: GemvTile | None = GemvTile(2, 1024, 2)
 """For products of one row; None: the few-rows tiles take it.
 

@@ -1,35 +1,33 @@
 """Routed experts with repacked NVFP4 weights and FP8 activations: the Hopper path.
 
-Called by ``quant``. Few rows an expert: weights are decoded in registers (``nvfp4_stream``). Many: they are decoded
-to memory once and the FP8 grouped products run. Both multiply the same e4m3 values: weights rounded after block
-scaling, activations with a scale a row. Other devices and ragged shapes take ``moe.moe_nvfp4``.
+Called by ``quant``. Weights are decoded in registers (``nvfp4_stream``) to e4m3 values, rounded after block scaling;
+activations get a scale a row. Other devices and ragged shapes take ``moe.moe_nvfp4``.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from outrider.kernels._dispatch import ceil_div
-from outrider.kernels.moe import FP8_TILES, choose_tiles, combine_choices, output_rows
-from outrider.kernels.moe_dispatch import DYNAMIC_FP8, STREAM_FP8, SortedRows, gather_rows_triton
-from outrider.kernels.moe_gemm import down_triton, gate_up_triton
-from outrider.kernels.nvfp4_decode import FP8_SHIFT
-from outrider.kernels.nvfp4_repack import quantize_stream, unpack_to_fp8
+from outrider.kernels.moe import combine_choices, output_rows
+from outrider.kernels.moe_dispatch import STREAM_FP8, SortedRows, gather_rows_triton
+from outrider.kernels.nvfp4_repack import quantize_stream
 from outrider.kernels.nvfp4_stream import StreamTile, stream_triton
-from outrider.kernels.quantize import quantize_fp8_rowwise
 
 STREAM_TILES = (
     (1, StreamTile(16, 4, 3, 4), StreamTile(16, 4, 3, 4, split_k=4)),
     (12, StreamTile(16, 4, 3, 4), StreamTile(16, 4, 3, 4)),
     (28, StreamTile(32, 4, 3, 4), StreamTile(32, 4, 3, 4)),
     (66, StreamTile(64, 8, 3, 2), StreamTile(64, 8, 3, 2)),
-    (288, StreamTile(128, 8, 4, 1), StreamTile(128, 8, 4, 1)),
+    (math.inf, StreamTile(128, 8, 4, 1), StreamTile(128, 8, 4, 1)),
 )
-"""(most rows an expert on average, gate-up tile, down tile), as measured on an H200; above, decoded to memory first.
+"""(most rows an expert on average, gate-up tile, down tile), as measured on an H200.
 
 2026-11-26, routed experts of a layer, random routing: 128 tokens 285 us, 256 299, 448 329, 480 377 (32-row tiles 389),
-512 361, 912 405, 1,024 510 (128-row tiles 581), 1,152 621 (64-row tiles 627), 1,536 564, 2,048 832, 4,096 1,404:
-trials_h200.txt. 8,192 tokens decoded 2,687 us: kernels_nvfp4_h200.json.
+512 361, 912 405, 1,024 510 (128-row tiles 581), 1,152 621 (64-row tiles 627), 1,536 564, 2,048 832, 4,096 1,404
+(decoded to memory first 1,854): trials_h200.txt.
 """
 
 
@@ -49,11 +47,7 @@ def moe_nvfp4_repacked(
     """``moe.moe_nvfp4`` with weights reordered by ``repack_nvfp4_`` (``w13`` gated); ``tiles`` overrides the table."""
     num_rows, top_k = expert_ids.numel(), expert_ids.shape[1]
     mean_rows = ceil_div(num_rows, w13.shape[0])
-    tiles = tiles or next(((up, down) for most, up, down in STREAM_TILES if mean_rows <= most), None)
-    if tiles is None:
-        up_weights = w13, w13_block_scale, w13_global_scale
-        down_weights = w2, w2_block_scale, w2_global_scale
-        return moe_nvfp4_unpacked(x, expert_ids, scores, up_weights, down_weights, expert_range)
+    tiles = tiles or next((up, down) for most, up, down in STREAM_TILES if mean_rows <= most)
     rows = gather_rows_triton(x, expert_ids, scores, expert_range or (0, w13.shape[0]), STREAM_FP8)
     hidden = torch.empty((num_rows, w13.shape[1] // 2), dtype=x.dtype, device=x.device)
     stream_triton(rows, w13, w13_block_scale, w13_global_scale, hidden, tiles[0], gated=True)
@@ -62,30 +56,3 @@ def moe_nvfp4_repacked(
     out = output_rows(x, expert_ids, expert_range)
     stream_triton(rows, w2, w2_block_scale, w2_global_scale, out, tiles[1], gated=False)
     return combine_choices(out, top_k)
-
-
-def moe_nvfp4_unpacked(
-    x: torch.Tensor,
-    expert_ids: torch.Tensor,
-    scores: torch.Tensor,
-    up_weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    down_weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    expert_range: tuple[int, int] | None,
-) -> torch.Tensor:
-    """``moe_nvfp4_repacked`` for large batches: each projection is decoded to e4m3 memory just before its product."""
-    num_experts, num_rows = up_weights[0].shape[0], expert_ids.numel()
-    up_tile, down_tile = choose_tiles(FP8_TILES, num_rows, num_experts)
-    rows = gather_rows_triton(x, expert_ids, scores, expert_range or (0, num_experts), DYNAMIC_FP8)
-    up_weight = unpack_to_fp8(*up_weights[:2], gated=True)
-    hidden = gate_up_triton(rows, up_weight, _scales(up_weights[2], num_experts), None, x.dtype, up_tile)
-    del up_weight
-    codes, scale = quantize_fp8_rowwise(hidden.x)
-    hidden = SortedRows(codes, rows.index, rows.offsets, scale, num_rows)
-    out = output_rows(x, expert_ids, expert_range)
-    down_weight = unpack_to_fp8(*down_weights[:2], gated=False)
-    down_triton(hidden, down_weight, _scales(down_weights[2], num_experts), out, down_tile)
-    return combine_choices(out, expert_ids.shape[1])
-
-
-def _scales(global_scale: torch.Tensor, num_experts: int) -> torch.Tensor:
-    return (global_scale * float(1 << FP8_SHIFT)).expand(num_experts).contiguous()

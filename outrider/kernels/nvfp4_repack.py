@@ -16,9 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from outrider.kernels._dispatch import interpreted, power_of_two_at_least
+from outrider.kernels._dispatch import power_of_two_at_least
 from outrider.kernels.moe_dispatch import ROW_PADDING
-from outrider.kernels.nvfp4_decode import block_ptx, sign_place, stream_source
+from outrider.kernels.nvfp4_decode import sign_place, stream_source
 from outrider.kernels.quantize import MIN_ROW_SCALE, to_fp8
 
 CHUNK = 512
@@ -109,69 +109,6 @@ def _repack_kernel(
     tl.store(s_out_ptr + tile.to(tl.int64) * WORDS + _scale_place(row, block), packed.to(tl.uint8))
 
 
-_UNPACK_ASM = tl.constexpr(
-    "{ .reg .b32 a, b; mov.b64 {a, b}, $4;" + block_ptx("$5", 0, ("a", "b"), ("$0", "$1", "$2", "$3")) + "}"
-)
-_UNPACK_CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r,l,r")
-
-
-@triton.jit
-def _decode_four_plainly(word, scale, PART: tl.constexpr):
-    """Four e4m3 codes as the assembly makes them: the interpreter's path, and the statement of what it does."""
-    out = tl.zeros_like(scale)
-    half = word >> (32 * (PART // 2))
-    for i in tl.static_range(4):
-        code = (half >> (16 * (PART % 2) + 4 * i)) & 7
-        sign = (half >> (8 * i + (3 if PART % 2 else 7))) & 1
-        odd = ((code & 1) == 1) & (code > 1)
-        step = tl.where(code > 1, (code >> 1) * 8, 0).to(tl.int32)
-        value = (scale & 127) + step + tl.where(odd, 4 + (scale >> 7), 0)
-        byte = tl.where(code == 0, 0, value) | (sign.to(tl.int32) << 7)
-        out = out | (byte << (8 * i))
-    return out
-
-
-@triton.jit
-def _unpack_kernel(
-    w_ptr,
-    s_ptr,
-    out_ptr,
-    num_rows,
-    num_blocks,
-    GATED: tl.constexpr,
-    ASM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WORDS: tl.constexpr,
-):
-    # The words of a warp are written as 64 contiguous bytes of 8 rows; a second instruction fills their sectors.
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tile = index // WORDS
-    row, block = _find_word(index, WORDS)
-    word = tl.load(w_ptr + index)
-    scale = tl.load(s_ptr + tile * WORDS + _scale_place(row, block)).to(tl.int32)
-    if ASM:
-        p0, p1, p2, p3 = tl.inline_asm_elementwise(
-            _UNPACK_ASM,
-            _UNPACK_CONSTRAINTS,
-            [word, scale],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        p0 = _decode_four_plainly(word, scale, 0)
-        p1 = _decode_four_plainly(word, scale, 1)
-        p2 = _decode_four_plainly(word, scale, 2)
-        p3 = _decode_four_plainly(word, scale, 3)
-    chunks = num_blocks // 32
-    matrix = tile // (num_rows // 64 * chunks)
-    tile = tile % (num_rows // 64 * chunks)
-    target_row = matrix * num_rows + _source_row(tile // chunks * 64 + row, num_rows, GATED)
-    target = (target_row * num_blocks + tile % chunks * 32 + block) * 4
-    values = tl.reshape(tl.join(tl.join(p0, p2), tl.join(p1, p3)), (BLOCK, 4))
-    tl.store(out_ptr + target[:, None] + tl.arange(0, 4)[None, :], values)
-
-
 @triton.jit
 def _quantize_stream_kernel(
     x_ptr, out_ptr, scale_ptr, row_size, MIN_SCALE: tl.constexpr, BLOCK: tl.constexpr
@@ -203,26 +140,6 @@ def repack_nvfp4_(packed: torch.Tensor, block_scale: torch.Tensor, gated: bool) 
         )
         words.copy_(new_words)
         scales.copy_(new_scales)
-
-
-def unpack_to_fp8(packed: torch.Tensor, block_scale: torch.Tensor, gated: bool) -> torch.Tensor:
-    """Repacked weights as e4m3 [E, N, K] in the checkpoint's order, of ``value · scale · 2**-FP8_SHIFT``."""
-    num_matrices, num_rows, num_blocks = block_scale.shape
-    out = torch.empty((num_matrices, num_rows, num_blocks * 4), dtype=torch.int32, device=packed.device)
-    block = 1024
-    _unpack_kernel[(block_scale.numel() // block,)](
-        packed.view(torch.int64),
-        block_scale.view(torch.uint8),
-        out,
-        num_rows,
-        num_blocks,
-        GATED=gated,
-        ASM=not interpreted(),
-        BLOCK=block,
-        WORDS=_WORDS,
-        num_warps=4,
-    )
-    return out.view(torch.float8_e4m3fn)
 
 
 def unpack_reference(packed: torch.Tensor, block_scale: torch.Tensor, gated: bool) -> torch.Tensor:
@@ -270,11 +187,6 @@ AOT_SPECS = [
         },
         {"GATED": True, "WORDS": _WORDS},
         {"num_warps": 8},
-    ),
-    (
-        _unpack_kernel,
-        {"w_ptr": "*i64", "s_ptr": "*u8", "out_ptr": "*i32", "num_rows": "i32", "num_blocks": "i32"},
-        {"GATED": True, "ASM": True, "BLOCK": 1024, "WORDS": _WORDS},
     ),
     (
         _quantize_stream_kernel,

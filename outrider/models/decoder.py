@@ -72,7 +72,13 @@ class Decoder(ABC):
         inv_freq = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, builder.device)
         self.embed: Embedding | None = None
         if parallel.is_first_stage or (parallel.is_last_stage and config.tie_word_embeddings):
-            self.embed = Embedding(builder, "embed_tokens", config.vocab_size, config.hidden_size)
+            self.embed = Embedding(
+                builder,
+                "embed_tokens",
+                config.vocab_size,
+                config.hidden_size,
+                by_row=not config.tie_word_embeddings,
+            )
         self.layers = [
             DecoderLayer(
                 builder,
@@ -108,8 +114,8 @@ class Decoder(ABC):
         return name.endswith("rotary_emb.inv_freq")
 
     def weight_bytes(self) -> int:
-        """Bytes of this rank's weights as allocated."""
-        return self.builder.num_bytes
+        """Bytes of this rank's weights as allocated, on the device and in host memory."""
+        return self.builder.num_bytes + self.builder.num_table_bytes
 
     def embed_batch(self, batch: Batch) -> torch.Tensor:
         """``[T, M]`` embeddings of the step's tokens."""

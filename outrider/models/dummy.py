@@ -21,6 +21,7 @@ _E4M3_ONE = 0x38
 _E4M3_BELOW_TWO = 0xBF  # keeps the sign and clears the top exponent bit: every mantissa, |value| < 2, no NaN
 _E4M3_RMS = 0.598  # root mean square of the e4m3 values left by that mask
 _E2M1_RMS = 2.926  # root mean square of the sixteen e2m1 values
+_TABLE_ROWS = 8192
 _LARGEST_ACTIVATION = 10.0  # amax that a calibration would see behind a norm, with room
 
 
@@ -45,17 +46,17 @@ def fill_random(builder: WeightBuilder, config: ModelConfig, progress: Progress 
     total = sum(slot.dest.numel() * slot.dest.element_size() for slot in builder.slots)
     done = 0
     for slot in builder.slots:
-        _fill(slot, config.hidden_size**-0.5)
+        _fill(slot, config.hidden_size**-0.5, builder.device)
         done += slot.dest.numel() * slot.dest.element_size()
         if progress is not None:
             progress(done, total)
     builder.finish()
 
 
-def _fill(slot: WeightSlot, weight_rms: float) -> None:
+def _fill(slot: WeightSlot, weight_rms: float, device: torch.device) -> None:
     """Weights of root mean square ``weight_rms`` (so a GEMM keeps the size of its input), sensible scales."""
     dest, name = slot.dest, slot.name
-    generator = torch.Generator(device=dest.device)
+    generator = torch.Generator(device=device)
     generator.manual_seed(zlib.crc32(f"{name}{slot.select}".encode()))
     if slot.shape == ():
         dest.fill_(_scalar(name, weight_rms))
@@ -71,7 +72,12 @@ def _fill(slot: WeightSlot, weight_rms: float) -> None:
         dest.fill_(1.0)
     else:
         # Embeddings of unit size keep tokens apart in the residual stream, and so at the routers.
-        dest.normal_(0.0, 1.0 if name.startswith("embed_tokens") else weight_rms, generator=generator)
+        rms = 1.0 if name.startswith("embed_tokens") else weight_rms
+        if dest.device.type == device.type:
+            dest.normal_(0.0, rms, generator=generator)
+            return
+        for part in dest.split(_TABLE_ROWS):  # a table in host memory
+            part.copy_(torch.empty_like(part, device=device).normal_(0.0, rms, generator=generator))
 
 
 def _random_bytes(dest: torch.Tensor, generator: torch.Generator) -> None:

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from outrider.errors import ConfigError
 from outrider.kernels.activation import silu_mul
 from outrider.kernels.attention import paged_attention
+from outrider.kernels.embedding import embedding
+from outrider.kernels.gemm import MOST_FEW_ROWS
 from outrider.kernels.norm import Normed, rms_norm
 from outrider.kernels.rope import RopeSpec, qkv_rope_store
 from outrider.kernels.rope_attention import rope_attention, rope_attention_takes
@@ -219,23 +221,33 @@ def shard_kv_heads(parallel: Parallel, num_kv_heads: int) -> tuple[int, int]:
 
 
 class Embedding:
-    """Token embeddings, split by rows of the vocabulary."""
+    """Token embeddings, split by rows of the vocabulary. ``by_row``: the table is never multiplied as a matrix."""
 
-    def __init__(self, builder: WeightBuilder, name: str, vocab_size: int, hidden_size: int) -> None:
+    def __init__(
+        self, builder: WeightBuilder, name: str, vocab_size: int, hidden_size: int, *, by_row: bool
+    ) -> None:
         self.parallel = builder.parallel
         self.start, self.length = builder.parallel.shard(vocab_size, "vocab_size")
-        self.weight = builder.empty(self.length, hidden_size)
+        self.weight = (builder.table if by_row else builder.empty)(self.length, hidden_size)
         rows = slice(self.start, self.start + self.length)
         builder.add_slot(f"{name}.weight", (vocab_size, hidden_size), self.weight, (rows, slice(None)))
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """``[T]`` ids to ``[T, M]``."""
         if self.parallel.tp_size == 1:
-            return F.embedding(token_ids, self.weight)
+            return embedding(token_ids, self.weight)
         local = token_ids - self.start
         elsewhere = (local < 0) | (local >= self.length)
-        rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        rows = embedding(local.masked_fill(elsewhere, 0), self.weight)
         return self.parallel.all_reduce(rows.masked_fill_(elsewhere[:, None], 0))
+
+
+HEAD_ROWS = 16
+"""On a GPU the head's rows come in multiples of this, above the few that its own kernel takes.
+
+cuBLAS loads another kernel for other numbers of rows, and a load waits for all that is queued on the device: they are
+all met before the first request.
+"""
 
 
 class Head:
@@ -245,10 +257,13 @@ class Head:
         self, builder: WeightBuilder, vocab_size: int, hidden_size: int, tied: Embedding | None = None
     ) -> None:
         self.parallel = builder.parallel
-        source = tied or Embedding(builder, "lm_head", vocab_size, hidden_size)
+        source = tied or Embedding(builder, "lm_head", vocab_size, hidden_size, by_row=False)
         self.matrix = Matrix(source.weight)
         builder.after_load.append(self.matrix.prepare)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[N, M]`` to ``[N, V]``, gathered over the tensor group."""
-        return self.parallel.all_gather_last(self.matrix(hidden))
+        num_rows = len(hidden)
+        if hidden.is_cuda and num_rows > MOST_FEW_ROWS and num_rows % HEAD_ROWS:
+            hidden = F.pad(hidden, (0, 0, 0, -num_rows % HEAD_ROWS))
+        return self.parallel.all_gather_last(self.matrix(hidden)[:num_rows])

@@ -7,6 +7,7 @@ numbers and the nearest settings that would.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,11 +37,16 @@ class MemoryNeeds:
         return self.weight_bytes + self.kv_bytes
 
 
-def weight_bytes(config: ModelConfig, parallel: Parallel, dtype: torch.dtype) -> int:
-    """Bytes of this rank's weights, with ``dtype`` for what the checkpoint does not quantize."""
+def weight_bytes(
+    config: ModelConfig, parallel: Parallel, dtype: torch.dtype, *, tables_apart: bool = False
+) -> int:
+    """Bytes of this rank's weights, with ``dtype`` for what the checkpoint does not quantize.
+
+    ``tables_apart``: without the tables that a GPU's rank keeps in host memory.
+    """
     meta = torch.device("meta")
     model = build_model(config, parallel, DummySource(config), dtype=dtype, device=meta, kv_cache_dtype=dtype)
-    return model.weight_bytes()
+    return model.builder.num_bytes if tables_apart else model.weight_bytes()
 
 
 def kv_bytes(config: ModelConfig, parallel: Parallel, kv_dtype: torch.dtype, num_tokens: int) -> int:
@@ -60,15 +66,22 @@ def check_fits(
     kv_dtype: torch.dtype,
     max_model_len: int,
     usable_bytes: int,
+    tables_apart: bool = False,
 ) -> MemoryNeeds:
     """What this rank needs for one request of ``max_model_len``; ``ConfigError`` if ``usable_bytes`` are too few.
 
-    ``usable_bytes`` is what the rank may use for weights and KV cache together.
+    ``usable_bytes`` is what the rank may use for weights and KV cache together; ``tables_apart`` as for
+    ``weight_bytes``.
     """
-    needs = _needs(config, parallel, dtype, kv_dtype, max_model_len)
+
+    def needs_of(split: Parallel) -> MemoryNeeds:
+        weights = weight_bytes(config, split, dtype, tables_apart=tables_apart)
+        return MemoryNeeds(weights, kv_bytes(config, split, kv_dtype, max_model_len), max_model_len)
+
+    needs = needs_of(parallel)
     if needs.total_bytes <= usable_bytes:
         return needs
-    advice = _advice(config, parallel, dtype, kv_dtype, needs, usable_bytes)
+    advice = _advice(config, parallel, kv_dtype, needs, usable_bytes, needs_of)
     raise ConfigError(
         f"The model does not fit: its weights take {needs.weight_bytes / GIB:.2f} GiB on each device and the KV "
         f"cache of one request of {max_model_len} tokens {needs.kv_bytes / GIB:.2f} GiB, but "
@@ -76,21 +89,13 @@ def check_fits(
     )
 
 
-def _needs(
-    config: ModelConfig, parallel: Parallel, dtype: torch.dtype, kv_dtype: torch.dtype, num_tokens: int
-) -> MemoryNeeds:
-    return MemoryNeeds(
-        weight_bytes(config, parallel, dtype), kv_bytes(config, parallel, kv_dtype, num_tokens), num_tokens
-    )
-
-
 def _advice(
     config: ModelConfig,
     parallel: Parallel,
-    dtype: torch.dtype,
     kv_dtype: torch.dtype,
     needs: MemoryNeeds,
     usable_bytes: int,
+    needs_of: Callable[[Parallel], MemoryNeeds],
 ) -> str:
     """The nearest settings that fit: a shorter context, a narrower cache, or more GPUs."""
     options = []
@@ -101,9 +106,7 @@ def _advice(
     if kv_dtype.itemsize > 1 and 0 < needs.kv_bytes // kv_dtype.itemsize <= room:
         options.append("--kv-cache-dtype fp8")
     for size in _TENSOR_PARALLEL_SIZES:
-        if size > parallel.tp_size and _fits_split(
-            config, parallel, dtype, kv_dtype, needs, usable_bytes, size
-        ):
+        if size > parallel.tp_size and _fits_split(parallel, usable_bytes, size, needs_of):
             options.append(f"--tensor-parallel-size {size}")
             break
     return "use " + " or ".join(options) if options else "use a smaller model or one with fewer bits"
@@ -122,16 +125,10 @@ def _longest(config: ModelConfig, parallel: Parallel, kv_dtype: torch.dtype, roo
 
 
 def _fits_split(
-    config: ModelConfig,
-    parallel: Parallel,
-    dtype: torch.dtype,
-    kv_dtype: torch.dtype,
-    needs: MemoryNeeds,
-    usable_bytes: int,
-    tp_size: int,
+    parallel: Parallel, usable_bytes: int, tp_size: int, needs_of: Callable[[Parallel], MemoryNeeds]
 ) -> bool:
     split = replace(parallel, tp_rank=0, tp_size=tp_size, tp_group=None)
     try:
-        return _needs(config, split, dtype, kv_dtype, needs.num_tokens).total_bytes <= usable_bytes
+        return needs_of(split).total_bytes <= usable_bytes
     except ConfigError:  # a dimension of this model has no such divisor
         return False

@@ -74,11 +74,22 @@ class WeightBuilder:
     after_load: list[Callable[[], None]] = field(default_factory=list)
     unused_prefixes: list[str] = field(default_factory=list)
     num_bytes: int = 0
+    num_table_bytes: int = 0
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Uninitialised memory, counted in ``num_bytes``."""
         tensor = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
         self.num_bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def table(self, *shape: int) -> torch.Tensor:
+        """Uninitialised memory of which a step reads a few rows: a GPU's lies in pinned host memory.
+
+        Counted in ``num_table_bytes`` alone.
+        """
+        device = torch.device("cpu") if self.device.type == "cuda" else self.device
+        tensor = torch.empty(shape, dtype=self.dtype, device=device, pin_memory=self.device.type == "cuda")
+        self.num_table_bytes += tensor.numel() * tensor.element_size()
         return tensor
 
     def add_slot(

@@ -41,12 +41,13 @@ class StepGraphs:
         *,
         max_num_seqs: int,
         max_model_len: int,
+        prefill_share: int,
         device: torch.device,
     ) -> None:
         self._model, self._kv, self._device = model, kv, device
         self._max_model_len = max_model_len
         self._num_blocks = -(-max_model_len // kv.layout.block_size)
-        self._shapes = ShapeTable(max_num_seqs)
+        self._shapes = ShapeTable(max_num_seqs, prefill_share)
         self._staging = Staging(device)
         self._captured: dict[StepShape, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -72,19 +73,19 @@ class StepGraphs:
         captured.graph.replay()
         return captured.output
 
-    def capture_start_shapes(self, prefill_share: int) -> None:
+    def capture_start_shapes(self) -> None:
         """Capture the usual shapes, the largest first so that the others fit into its memory."""
-        for shape in self._start_shapes(prefill_share):
+        for shape in self._start_shapes():
             self._capture(shape)
 
     @torch.inference_mode()
-    def run_start_shapes(self, prefill_share: int) -> None:
+    def run_start_shapes(self) -> None:
         """A forward pass of each usual shape, without a graph: what it computes is not kept."""
-        for shape in self._start_shapes(prefill_share):
+        for shape in self._start_shapes():
             self._model.forward(self._empty_batch(shape)[1], self._kv)
 
-    def _start_shapes(self, prefill_share: int) -> list[StepShape]:
-        return sorted(self._shapes.start_shapes(prefill_share), key=lambda s: -s.num_tokens)
+    def _start_shapes(self) -> list[StepShape]:
+        return sorted(self._shapes.start_shapes(), key=lambda s: -s.num_tokens)
 
     def _empty_step(self, shape: StepShape) -> StepArrays:
         """A step of padding only: it reads nothing and writes only into the null block."""

@@ -19,7 +19,7 @@ import numpy as np
 from outrider.engine.starts import LAST_WAVE_SHARES
 from outrider.runner.rows import StepArrays
 
-PREFILL_TOKENS = (64, 128, 256, 384, 512, 768, 1024)
+PREFILL_TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 """Prompt tokens of a shape; longer prefills are bound by the device anyway and run without a graph."""
 
 PREFILL_SEQS = 16
@@ -45,14 +45,18 @@ class StepShape:
 
 
 class ShapeTable:
-    """Which shapes exist for a server of ``max_num_seqs``."""
+    """Which shapes exist for a server of ``max_num_seqs`` with ``prefill_share`` prompt tokens beside decodes."""
 
-    def __init__(self, max_num_seqs: int) -> None:
+    def __init__(self, max_num_seqs: int, prefill_share: int) -> None:
         fine = [*range(1, 9), 12, 16, 24, 32, 48, *range(64, max_num_seqs + 1, 32)]
         self.decodes = sorted({s for s in fine if s < max_num_seqs} | {max_num_seqs})
         # Beside a prompt a few rows more cost little, and every shape is a graph.
         mixed = [8, 16, *range(32, 257, 32), *range(320, max_num_seqs, 64)]
         self._mixed = sorted({s for s in mixed if s < max_num_seqs} | {max_num_seqs})
+        self._share, self._wave = (
+            _at_least(PREFILL_TOKENS, min(prefill_share * shares, PREFILL_TOKENS[-1]))
+            for shares in (1, LAST_WAVE_SHARES)
+        )
 
     @property
     def largest(self) -> StepShape:
@@ -63,25 +67,30 @@ class ShapeTable:
         """The smallest shape that holds the step, or None if none does."""
         num_decodes = arrays.num_decodes
         num_prefills = len(arrays.rows) - num_decodes
-        num_prompt_tokens = len(arrays.token_ids) - num_decodes
+        num_tokens = len(arrays.token_ids) - num_decodes
         if not num_prefills:
             return StepShape(_at_least(self.decodes, num_decodes), 0, 0)
-        if num_prefills > PREFILL_SEQS or num_prompt_tokens > PREFILL_TOKENS[-1]:
+        if num_prefills > PREFILL_SEQS or num_tokens > PREFILL_TOKENS[-1]:
             return None
-        decodes = _at_least(self._mixed, num_decodes) if num_decodes else 0
-        return StepShape(decodes, _at_least(PREFILL_TOKENS, num_prompt_tokens), PREFILL_SEQS)
+        if not num_decodes:
+            return StepShape(0, _at_least(PREFILL_TOKENS, num_tokens), PREFILL_SEQS)
+        if (
+            self._share < num_tokens <= self._wave
+        ):  # the rest of a last wave; rare, and not worth shapes of its own
+            num_tokens = self._wave
+        return StepShape(
+            _at_least(self._mixed, num_decodes), _at_least(PREFILL_TOKENS, num_tokens), PREFILL_SEQS
+        )
 
-    def start_shapes(self, prefill_share: int) -> list[StepShape]:
-        """The shapes that a server meets at once: all decode sizes, short prompts, and mixed steps.
+    def start_shapes(self) -> list[StepShape]:
+        """The shapes that a server meets at once: all decode sizes, prompts alone, and mixed steps.
 
         Beside decodes these are a prompt's short rest, a share, and the shares of a last wave. The others are captured
         when they are first met, which delays that one step by about a fifth of a second.
         """
         shapes = [StepShape(s, 0, 0) for s in self.decodes]
-        shapes += [StepShape(0, tokens, PREFILL_SEQS) for tokens in (64, 256, 1024)]
-        shares = (prefill_share, LAST_WAVE_SHARES * prefill_share)
-        tokens = {_at_least(PREFILL_TOKENS, min(share, PREFILL_TOKENS[-1])) for share in shares}
-        mixed = sorted({PREFILL_TOKENS[0]} | tokens)
+        shapes += [StepShape(0, tokens, PREFILL_SEQS) for tokens in (64, 256, 1024, 2048)]
+        mixed = sorted({PREFILL_TOKENS[0], self._share, self._wave})
         return shapes + [StepShape(s, count, PREFILL_SEQS) for s in self._mixed for count in mixed]
 
 

@@ -80,6 +80,7 @@ def load_rank(
         # A default context length shrinks to what fits; one that was asked for must fit.
         max_model_len=resolved.block_size if config.max_model_len is None else resolved.max_model_len,
         usable_bytes=_usable_bytes(config, resolved),
+        tables_apart=resolved.device.type == "cuda",
     )
     clock.mark("device")
     if config.deterministic:
@@ -155,6 +156,7 @@ def start_rank(
             kv,
             max_num_seqs=resolved.max_num_seqs,
             max_model_len=max_model_len,
+            prefill_share=resolved.prefill_share_tokens,
             device=resolved.device,
         )
     runner = ModelRunner(
@@ -172,7 +174,7 @@ def start_rank(
     warm_up(runner, resolved.max_num_batched_tokens if resolved.device.type == "cuda" else 8)
     clock.mark("warm-up")
     if graphs is not None:
-        graphs.capture_start_shapes(resolved.prefill_share_tokens)
+        graphs.capture_start_shapes()
         clock.mark("graphs")
     return runner
 

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from outrider.kernels.compile_ahead import compiling
+from outrider.kernels.gemm import MOST_FEW_ROWS
 from outrider.kernels.sampling import SamplingRows, sample
 from outrider.kv_layout import KVLayout, plan_layout
 from outrider.models.config import ModelConfig
 from outrider.models.decoder import Decoder
+from outrider.models.layers import HEAD_ROWS
 from outrider.runner.batch import AttentionBatch, Batch
 from outrider.runner.graphs import StepGraphs
 from outrider.runner.kv_cache import KVCache
@@ -37,6 +39,7 @@ def compile_kernels(model: Decoder, config: ModelConfig, resolved: Resolved) -> 
         kv,
         max_num_seqs=resolved.max_num_seqs,
         max_model_len=resolved.max_model_len,
+        prefill_share=resolved.prefill_share_tokens,
         device=resolved.device,
     )
     with compiling(), model.shortened():
@@ -45,7 +48,7 @@ def compile_kernels(model: Decoder, config: ModelConfig, resolved: Resolved) -> 
         while (num_tokens := num_tokens // 2) > PREFILL_TOKENS[-1]:  # tiles follow the number of rows
             _prefill(model, config, resolved, kv, num_tokens)
         if model.parallel.pp_size == 1:
-            graphs.run_start_shapes(resolved.prefill_share_tokens)
+            graphs.run_start_shapes()
         if model.parallel.is_last_stage:
             for rows in (1, 32, 64):
                 logits = model.logits(hidden[:rows])
@@ -107,6 +110,8 @@ def _sampling_rows(count: int, device: torch.device) -> SamplingRows:
 
 def warm_up(runner: ModelRunner, max_num_batched_tokens: int) -> None:
     """Run one prefill, one mixed and one decode step with every kind of sampling, then forget them."""
+    if runner.device.type == "cuda" and runner.model.parallel.is_last_stage:
+        _load_head_kernels(runner)
     vocab_size = runner.vocab_size
     num_tokens = max(
         2, min(max_num_batched_tokens, runner.table.max_blocks * runner.kv.layout.block_size // 2)
@@ -118,6 +123,14 @@ def warm_up(runner: ModelRunner, max_num_batched_tokens: int) -> None:
         init = RowInit(0, params, num_tokens, ids)
         runner.launch(StepPlan(0, [_slice(0, ids[:-1])], [init])).wait()
         runner.launch(StepPlan(1, [_slice(num_tokens - 1, ids[-1:])])).wait()
+
+
+def _load_head_kernels(runner: ModelRunner) -> None:
+    """Run the head for every number of rows that it knows."""
+    model, num_rows = runner.model, len(runner.table.params)
+    hidden = torch.zeros((num_rows, model.config.hidden_size), dtype=model.dtype, device=runner.device)
+    for count in range(MOST_FEW_ROWS, num_rows + HEAD_ROWS, HEAD_ROWS):
+        model.logits(hidden[:count])
 
 
 def _slice(start: int, ids: list[int]) -> SeqSlice:

@@ -13,7 +13,7 @@ from test_nvfp4 import DEVICE, GPU, WIDE, decode_slowly, error, random_weights
 from outrider.kernels import moe, nvfp4, nvfp4_stream
 from outrider.kernels.moe_nvfp4 import STREAM_TILES, moe_nvfp4_repacked
 from outrider.kernels.nvfp4_decode import block_ptx
-from outrider.kernels.nvfp4_repack import can_repack, quantize_stream, repack_nvfp4_, unpack_to_fp8
+from outrider.kernels.nvfp4_repack import can_repack, quantize_stream, repack_nvfp4_, unpack_reference
 from outrider.kernels.nvfp4_stream import StreamTile
 
 ONE = torch.tensor(1.0, device=DEVICE)
@@ -25,13 +25,31 @@ def repacked(packed: torch.Tensor, scale: torch.Tensor, gated: bool) -> tuple[to
     return packed, scale
 
 
+def unpacked(packed: torch.Tensor, scale: torch.Tensor, gated: bool) -> torch.Tensor:
+    """The values of one repacked matrix."""
+    codes, scales = repacked(packed, scale, gated)
+    return unpack_reference(codes[0], scales[0], gated).double()
+
+
 @pytest.mark.parametrize("gated", [False, True])
-def test_reordered_weights_are_rounded_once_to_nearest_even(gated):
-    """Guards: any slip of a code, a sign, a scale or a row, and 1.5 x a scale rounded the wrong way."""
-    packed, scale, _ = random_weights(2, 128, 1024)
-    exact = decode_slowly(packed, scale, ONE).float()
-    decoded = unpack_to_fp8(*repacked(packed, scale, gated), gated)
-    assert torch.equal(decoded.float(), (exact / 8).to(torch.float8_e4m3fn).float())
+def test_reordered_weights_keep_their_values(gated):
+    """Guards: any slip of a code, a sign, a scale or a row."""
+    packed, scale, _ = random_weights(1, 128, 1024)
+    assert torch.equal(unpacked(packed, scale, gated), decode_slowly(packed, scale, ONE)[0])
+
+
+def test_scale_codes_say_how_half_steps_round():
+    """Guards: 1.5, 3 or 6 times a scale rounded the wrong way; every scale that weights are kept with."""
+    packed, scale, _ = random_weights(1, 64, 1024)
+    codes = torch.arange(40, 0x7F, device=DEVICE, dtype=torch.uint8)
+    scale.view(torch.uint8).flatten()[: 2 * len(codes)] = codes.repeat(2)
+    _, kept = repacked(packed, scale, False)
+    kept = kept.view(torch.uint8).int()
+    half = ((kept & 127) + 32).to(torch.uint8).view(
+        torch.float8_e4m3fn
+    ).float() / 16  # of a block's scale / 8
+    rounded = (3 * half).to(torch.float8_e4m3fn).view(torch.uint8).int()
+    assert torch.equal(rounded, (kept & 127) + 12 + (kept >> 7))
 
 
 def test_blocks_with_tiny_scales_keep_their_values():
@@ -39,12 +57,12 @@ def test_blocks_with_tiny_scales_keep_their_values():
     packed, _, _ = random_weights(1, 64, 512)
     scale = torch.exp2(torch.rand(1, 64, 32, device=DEVICE) * 17.5 - 9).to(torch.float8_e4m3fn)
     scale[0, 0, :4] = 0.0
-    exact = decode_slowly(packed, scale, ONE)
-    decoded = unpack_to_fp8(*repacked(packed, scale, False), False).double() * 8
-    assert ((decoded - exact).abs() <= exact.abs() / 16 + 0.25).all()
-    assert (decoded[0, 0, :64] == 0).all()
-    small = (scale.float() < 0.25).repeat_interleave(16, dim=-1) & (exact.abs() < 0.5)
-    assert ((decoded - exact).abs()[small] <= 0.0625 + 2.0**-7).all()
+    exact = decode_slowly(packed, scale, ONE)[0]
+    found = unpacked(packed, scale, False)
+    assert ((found - exact).abs() <= torch.where(exact.abs() < 0.5, 0.0625, 0.25)).all()
+    assert (found[0, :64] == 0).all()
+    large = (scale[0].float() >= 0.25).repeat_interleave(16, dim=-1)
+    assert torch.equal(found[large], exact[large])
 
 
 def run_ptx(text: str, registers: dict[str, int]) -> dict[str, int]:

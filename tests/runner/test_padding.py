@@ -98,7 +98,7 @@ def test_padding_changes_no_real_row(num_decodes: int, prompts: list[int], shape
 @pytest.mark.parametrize("max_num_seqs", [1, 7, 64, 100, 512])
 def test_every_step_finds_a_shape_that_holds_it(max_num_seqs: int) -> None:
     """A shape smaller than its step would cut sequences off."""
-    table = ShapeTable(max_num_seqs)
+    table = ShapeTable(max_num_seqs, 512)
     layout = plan_layout((False,), None, 4096, 16)
     rows = RowTable(layout, max_num_seqs, 4096)
     rng = np.random.default_rng(max_num_seqs)
@@ -113,12 +113,12 @@ def test_every_step_finds_a_shape_that_holds_it(max_num_seqs: int) -> None:
         assert shape is not None
         assert shape.decodes >= num_decodes and shape.prefill_tokens >= sum(prompts)
         assert shape.prefill_seqs >= len(prompts)
-    assert all(s.prefill_tokens in (0, *PREFILL_TOKENS) for s in table.start_shapes(512))
+    assert all(s.prefill_tokens in (0, *PREFILL_TOKENS) for s in table.start_shapes())
 
 
 def test_shapes_share_one_buffer() -> None:
     """What the largest shape takes must hold every other; a smaller one's arrays begin where its own begin."""
-    table = ShapeTable(64)
+    table = ShapeTable(64, 512)
     layout = plan_layout((True, True, True, False), 64, 256, 16)
     rows = RowTable(layout, 64, 256)
     staging = Staging(torch.device("cpu"))
@@ -130,7 +130,7 @@ def test_shapes_share_one_buffer() -> None:
         return pad(rows.arrays(plan.slices), shape, rows.max_blocks, 256).model_inputs()
 
     whole, _ = staging.allocate(inputs(table.largest))
-    for shape in table.start_shapes(512):
+    for shape in table.start_shapes():
         arrays = inputs(shape)
         buffer, tensors = staging.allocate(arrays, within=whole)
         assert buffer.data_ptr() == whole.data_ptr() and len(buffer) <= len(whole)
@@ -141,12 +141,12 @@ def test_shapes_share_one_buffer() -> None:
 
 def test_the_usual_steps_have_their_graphs_from_the_start() -> None:
     """A graph captured when its step is met delays every stream in it."""
-    table = ShapeTable(512)
-    shapes = table.start_shapes(512)
+    table = ShapeTable(512, 512)
+    shapes = table.start_shapes()
     assert len(shapes) == len(set(shapes)) < 100
     rows = RowTable(plan_layout((False,), None, 4096, 16), 512, 4096)
     rng = np.random.default_rng(1)
     for num_decodes in (1, 17, 200, 500):
-        for prompts in ([1], [64], [512], [511, 1], [300, 212], [512, 512], [1000, 24]):
+        for prompts in ([1], [64], [512], [511, 1], [300, 212], [512, 1], [1024, 512], [1000, 24, 1024]):
             arrays = rows.arrays(random_plan(rng, rows, num_decodes, prompts).slices)
             assert table.shape_of(arrays) in shapes, f"{num_decodes} decodes and {prompts}"
