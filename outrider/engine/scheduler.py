@@ -121,7 +121,7 @@ class Scheduler:
         self._plan_decodes(draft, decoding)
         budget = self.limits.max_num_batched_tokens - len(draft.slices)
         if draft.slices:
-            budget = min(budget, self.starts.share)
+            budget = min(budget, self.starts.share_beside(len(draft.slices)))
         budget = self._plan_running_prefills(draft, others, budget)
         self._admit(draft, budget)
         if not draft.slices:

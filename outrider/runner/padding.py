@@ -5,7 +5,8 @@ Called by ``model_runner`` and ``graphs``; numpy only. A padded step lays its ro
     [ decodes | padding | prompt tokens | padding ]        tokens  [decodes + prefill_tokens]
     [ decodes | padding | prefills      | padding ]        sequences [decodes + prefill_seqs]
 
-Padding rows have length 0 and slot 0 (the null block): they are computed and never read.
+Padding rows have length 0 and slot 0 (the null block): they are computed and never read. Their tokens differ, so that
+no single expert gets them all.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from outrider.engine.starts import LAST_WAVE_SHARES
+from outrider.engine.starts import LAST_WAVE_TOKENS
 from outrider.runner.rows import StepArrays
 
 PREFILL_TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 """Prompt tokens of a shape; longer prefills are bound by the device anyway and run without a graph."""
 
 PREFILL_SEQS = 16
+_MIXED_STEP = 64
+PADDING_IDS = 64
+"""Padding takes the first token ids, which every vocabulary has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +55,9 @@ class ShapeTable:
         fine = [*range(1, 9), 12, 16, 24, 32, 48, *range(64, max_num_seqs + 1, 32)]
         self.decodes = sorted({s for s in fine if s < max_num_seqs} | {max_num_seqs})
         # Beside a prompt a few rows more cost little, and every shape is a graph.
-        mixed = [8, 16, *range(32, 257, 32), *range(320, max_num_seqs, 64)]
+        mixed = [8, 16, *range(32, 257, 32), *range(320, max_num_seqs, _MIXED_STEP)]
         self._mixed = sorted({s for s in mixed if s < max_num_seqs} | {max_num_seqs})
-        self._share, self._wave = (
-            _at_least(PREFILL_TOKENS, min(prefill_share * shares, PREFILL_TOKENS[-1]))
-            for shares in (1, LAST_WAVE_SHARES)
-        )
+        self._share = _at_least(PREFILL_TOKENS, min(prefill_share, PREFILL_TOKENS[-1]))
 
     @property
     def largest(self) -> StepShape:
@@ -74,13 +75,10 @@ class ShapeTable:
             return None
         if not num_decodes:
             return StepShape(0, _at_least(PREFILL_TOKENS, num_tokens), PREFILL_SEQS)
-        if (
-            self._share < num_tokens <= self._wave
-        ):  # the rest of a last wave; rare, and not worth shapes of its own
-            num_tokens = self._wave
-        return StepShape(
-            _at_least(self._mixed, num_decodes), _at_least(PREFILL_TOKENS, num_tokens), PREFILL_SEQS
-        )
+        decodes = _at_least(self._mixed, num_decodes)
+        if self._share < num_tokens <= _wave(decodes):
+            return StepShape(decodes, _wave(decodes), PREFILL_SEQS)
+        return StepShape(decodes, _at_least(PREFILL_TOKENS, num_tokens), PREFILL_SEQS)
 
     def start_shapes(self) -> list[StepShape]:
         """The shapes that a server meets at once: all decode sizes, prompts alone, and mixed steps.
@@ -90,8 +88,15 @@ class ShapeTable:
         """
         shapes = [StepShape(s, 0, 0) for s in self.decodes]
         shapes += [StepShape(0, tokens, PREFILL_SEQS) for tokens in (64, 256, 1024, 2048)]
-        mixed = sorted({PREFILL_TOKENS[0], self._share, self._wave})
-        return shapes + [StepShape(s, count, PREFILL_SEQS) for s in self._mixed for count in mixed]
+        for decodes in self._mixed:
+            mixed = {PREFILL_TOKENS[0], self._share, max(self._share, _wave(decodes))}
+            shapes += [StepShape(decodes, tokens, PREFILL_SEQS) for tokens in sorted(mixed)]
+        return shapes
+
+
+def _wave(decodes: int) -> int:
+    """Prompt tokens of a last wave's shape: room for all that ride beside the fewest decodes it serves."""
+    return LAST_WAVE_TOKENS + _MIXED_STEP - decodes
 
 
 def _at_least(sizes: tuple[int, ...] | list[int], size: int) -> int:
@@ -113,6 +118,8 @@ def pad(arrays: StepArrays, shape: StepShape, num_blocks: int, max_seq_len: int)
     def tokens(values: np.ndarray) -> np.ndarray:
         return spread(values, np.zeros((*values.shape[:-1], shape.num_tokens), dtype=values.dtype))
 
+    padding_ids = np.arange(shape.num_tokens, dtype=arrays.token_ids.dtype) % PADDING_IDS
+
     def moved(indices: np.ndarray) -> np.ndarray:
         return np.where(indices < num_decodes, indices, indices + shift)
 
@@ -126,7 +133,7 @@ def pad(arrays: StepArrays, shape: StepShape, num_blocks: int, max_seq_len: int)
     tables[:, shape.decodes : num_seqs + shift, :width] = arrays.block_tables[:, num_decodes:]
     return dataclasses.replace(
         arrays,
-        token_ids=tokens(arrays.token_ids),
+        token_ids=spread(arrays.token_ids, padding_ids),
         positions=tokens(arrays.positions),
         slots=tokens(arrays.slots),
         query_start=query_start,

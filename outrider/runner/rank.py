@@ -36,8 +36,9 @@ GIB = 1 << 30
 CPU_KV_BYTES = 2 * GIB
 """At most this, and a quarter of the memory: every page becomes resident in time, since old prefixes are kept."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-GRAPH_RESERVE_BYTES = GIB
-"""Kept free for CUDA graphs and the allocator's rounding."""
+RESERVED_BYTES = int(1.9 * GIB)
+"""Kept free of weights, activations and KV cache. H200, 2026-11-26, Scout: CUDA and the loaded kernels take 0.75 GiB,
+77 graphs 0.6 GiB and what they compute in another 0.5 GiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,7 @@ def _usable_bytes(config: EngineConfig, resolved: Resolved) -> int:
     if resolved.device.type == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     total = torch.cuda.get_device_properties(resolved.device).total_memory
-    return int(total * config.gpu_memory_utilization) - GRAPH_RESERVE_BYTES
+    return int(total * config.gpu_memory_utilization) - RESERVED_BYTES
 
 
 def _kv_budget(config: EngineConfig, model_config: ModelConfig, resolved: Resolved, model: Decoder) -> int:
