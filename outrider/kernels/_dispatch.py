@@ -6,6 +6,8 @@ Every kernel file calls ``on_gpu``; nothing else decides. The file never imports
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from triton import knobs
@@ -39,7 +41,26 @@ def power_of_two_at_least(n: int, low: int) -> int:
     return max(low, 1 << max(n - 1, 0).bit_length())
 
 
-@functools.cache
+_NUM_COUNTERS = 1 << 16
+_lane = 0
+
+
+@contextmanager
+def second_lane() -> Iterator[None]:
+    """Within, kernels are launched beside others that may be running, and count arrivals apart from them."""
+    global _lane
+    _lane = 1
+    try:
+        yield
+    finally:
+        _lane = 0
+
+
 def arrival_counters(device: torch.device) -> torch.Tensor:
     """Zeroed counters for split-K tiles; every kernel that uses them leaves them at zero."""
-    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
+    return _counters(device)[_lane]
+
+
+@functools.cache
+def _counters(device: torch.device) -> torch.Tensor:
+    return torch.zeros((2, _NUM_COUNTERS), dtype=torch.int32, device=device)

@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 
+from outrider.kernels._dispatch import second_lane
+
 
 def run_beside(work: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
     """Start ``work`` beside what the caller launches next; the function returned makes the stream wait for its result.
@@ -22,7 +24,7 @@ def run_beside(work: Callable[[], torch.Tensor], device: torch.device) -> Callab
         return lambda: result
     main, side = torch.cuda.current_stream(device), _second_stream(device)
     side.wait_stream(main)
-    with torch.cuda.stream(side):
+    with torch.cuda.stream(side), second_lane():
         result = work()
 
     def join() -> torch.Tensor:
