@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 
 from outrider.kernels.beside import run_beside
-from outrider.kernels.gemm import linear
-from outrider.kernels.moe import route
 from outrider.kernels.norm import Normed
+from outrider.kernels.router import route_rows
 from outrider.models.config import ModelConfig
 from outrider.models.layers import FeedForward, GatedMLP, RMSNorm
 from outrider.quant.base import WeightBuilder
@@ -52,7 +51,7 @@ class MoE(FeedForward):
     def __call__(self, x: Normed) -> torch.Tensor:
         """``[T, M]``: this rank's share of the output."""
         shared = run_beside(lambda: self.shared(x), x.y.device)
-        expert_ids, scores = route(linear(x.y, self.router), self.top_k)
+        expert_ids, scores = route_rows(x.y, self.router, self.top_k)
         return self.experts(x.y, expert_ids, scores).add_(shared())
 
     def behind(self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

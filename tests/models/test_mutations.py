@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import outrider.kernels.moe as moe_ops
+from outrider.kernels import router
 from outrider.kernels.attention import paged_attention
 from outrider.kernels.nvfp4 import nvfp4_linear
 from outrider.kernels.rope import RopeSpec, qkv_rope_store
@@ -133,7 +134,7 @@ def _up_first(
 
 def _no_shared_expert(monkeypatch: pytest.MonkeyPatch) -> None:
     def routed_only(self: moe.MoE, x: Any) -> torch.Tensor:
-        ids, scores = moe.route(F.linear(x.y, self.router), self.top_k)
+        ids, scores = moe.route_rows(x.y, self.router, self.top_k)
         return self.experts(x.y, ids, scores)
 
     monkeypatch.setattr(moe.MoE, "__call__", routed_only)
@@ -141,7 +142,7 @@ def _no_shared_expert(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _shared_expert_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     def scaled(self: moe.MoE, x: Any) -> torch.Tensor:
-        ids, scores = moe.route(F.linear(x.y, self.router), self.top_k)
+        ids, scores = moe.route_rows(x.y, self.router, self.top_k)
         return self.shared(x._replace(y=x.y * scores)) + self.experts(x.y, ids, scores)
 
     monkeypatch.setattr(moe.MoE, "__call__", scaled)
@@ -158,9 +159,9 @@ CODE_MISTAKES: dict[str, Patch] = {
     "temperature in rope layers": _replacing(layers, "qkv_rope_store", _temperature_everywhere),
     "positions restart in a chunk": _replacing(layers, "qkv_rope_store", _positions_restart),
     "sliding window instead of chunks": _replacing(layers, "paged_attention", _sliding_window),
-    "softmax router": _replacing(moe, "route", _softmax_scores),
-    "scores renormalised": _replacing(moe, "route", _renormalised),
-    "second-best expert": _replacing(moe, "route", _second_best),
+    "softmax router": _replacing(router, "route", _softmax_scores),
+    "scores renormalised": _replacing(router, "route", _renormalised),
+    "second-best expert": _replacing(router, "route", _second_best),
     "score on the output": _replacing(experts, "moe_bf16", _score_on_output),
     "up before gate": _replacing(experts, "moe_bf16", _up_first),
     "no shared expert": _no_shared_expert,
