@@ -27,15 +27,19 @@ from outrider.engine.starts import Pacer, Starts
 from outrider.kv_layout import plan_layout
 from outrider.types import Request, SamplingParams, StepResult
 
-LAYERS, HEADS, HEAD_DIM, BLOCK = 48, 40, 128, 64
+LAYERS, HEADS, HEAD_DIM = 48, 40, 128
+LAYOUT = plan_layout(tuple((i + 1) % 4 != 0 for i in range(LAYERS)), 8192, 9216, 64)
 INPUT, OUTPUT, CONCURRENCY, MAX_TOKENS = 1024, 1024, 512, 8192
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Seconds of a step of full-size Scout. ``tokens`` and ``layer_us``: a layer without attention, by tokens."""
+    """Seconds of a step of full-size Scout. ``tokens`` and ``layer_us``: a layer without attention, by tokens.
 
-    capacity_tokens: int
+    ``num_blocks``: blocks of the KV cache beside the weights of one H200.
+    """
+
+    num_blocks: int
     tokens: tuple[int, ...]
     layer_us: tuple[float, ...]
 
@@ -82,9 +86,7 @@ POLICIES = ("even, last wave together", "even", "as early as memory allows")
 
 def run(cost: StepCost, share: int, policy: str, num_requests: int) -> dict[str, Any]:
     """The figures of one policy."""
-    kv = KVManager(
-        plan_layout((True,) * LAYERS, None, MAX_TOKENS, BLOCK), cost.capacity_tokens // BLOCK, False
-    )
+    kv = KVManager(LAYOUT, cost.num_blocks, False)
     scheduler = Scheduler(kv, Limits(CONCURRENCY, MAX_TOKENS, share))
     if policy != POLICIES[0]:
         scheduler.starts = Starts(kv, share, patience=math.inf)
