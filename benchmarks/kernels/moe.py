@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.kernels.common import Report, graph_us, parse_args, relative_error
 from outrider.kernels import moe
+from outrider.kernels.fp8_stream import StreamTile, down_stream, gate_up_stream
 from outrider.kernels.moe_dispatch import STATIC_FP8, SortedRows, gather_rows_triton
 from outrider.kernels.moe_gemm import Tile, down_triton, gate_up_triton
 
@@ -50,13 +51,22 @@ PREFILL_DOWN = [
     Tile(128, 256, 128, False, 4, 8),
     Tile(128, 256, 128, False, 4, 8, programs_per_sm=1),
 ]
+STREAM_UP = [
+    StreamTile(64, 128, 128, 3, 4, 2),
+    StreamTile(64, 128, 256, 4),
+    StreamTile(128, 128, 256, 4),
+    StreamTile(64, 64, 256, 5),
+]
+STREAM_DOWN = [StreamTile(64, 128, 128, 6), StreamTile(64, 64, 256, 5), StreamTile(64, 64, 128, 8)]
 CANDIDATES = {
     1: (DECODE_UP, DECODE_DOWN + SPLIT_DOWN),
     8: (DECODE_UP, DECODE_DOWN + SPLIT_DOWN[:1]),
     64: (DECODE_UP, DECODE_DOWN),
     150: (DECODE_UP[:2] + WIDE_UP[:1], DECODE_DOWN[:2] + WIDE_DOWN[:1]),
-    512: (WIDE_UP, WIDE_DOWN),
-    1024: (WIDE_UP[1:] + PREFILL_UP[3:], WIDE_DOWN[1:]),
+    512: (WIDE_UP + STREAM_UP, WIDE_DOWN + STREAM_DOWN),
+    752: (STREAM_UP, STREAM_DOWN),
+    1024: (WIDE_UP[1:] + PREFILL_UP[3:] + STREAM_UP, WIDE_DOWN[1:] + STREAM_DOWN),
+    2048: (PREFILL_UP[:2] + STREAM_UP, PREFILL_DOWN[:2] + STREAM_DOWN),
     8192: (PREFILL_UP, PREFILL_DOWN),
 }
 
@@ -80,10 +90,25 @@ class Weights:
         return self.w13, self.w2, self.w13_scale, self.w2_scale, self.a13_scale, self.a2_scale
 
 
-def label(tile: Tile) -> str:
+def label(tile: Tile | StreamTile) -> str:
     """A tile in a few characters: rows x outputs x depth, swapped?, stages, warps, split, persistent."""
+    if isinstance(tile, StreamTile):
+        return f"{tile.narrow}|{tile.wide}x{tile.weights} st{tile.stages} w{tile.warps} x{tile.programs}"
     name = f"{tile.rows}x{tile.outputs}x{tile.depth}{'s' if tile.swap else ''} st{tile.stages} w{tile.warps}"
     return name + (f" k{tile.split_k}" if tile.split_k > 1 else "") + (" p" if tile.programs_per_sm else "")
+
+
+def gate_up(rows: SortedRows, weights: Weights, tile: Tile | StreamTile) -> SortedRows:
+    """The first product with its SwiGLU, by the kernel of ``tile``."""
+    if isinstance(tile, StreamTile):
+        return gate_up_stream(rows, weights.w13, weights.w13_scale, weights.a2_scale, torch.bfloat16, tile)
+    return gate_up_triton(rows, weights.w13, weights.w13_scale, weights.a2_scale, torch.bfloat16, tile)
+
+
+def down(hidden: SortedRows, weights: Weights, out: torch.Tensor, tile: Tile | StreamTile) -> None:
+    """The second product, by the kernel of ``tile``."""
+    run = down_stream if isinstance(tile, StreamTile) else down_triton
+    run(hidden, weights.w2, weights.w2_scale, out, tile)  # type: ignore[arg-type]
 
 
 def check_and_time(
@@ -124,10 +149,7 @@ def bench_size(report: Report, sets: list[Weights], num_tokens: int, quick: bool
     if not quick:
         expected = reference_hidden(rows, first, expert_ids)
         for tile in CANDIDATES[num_tokens][0]:
-            calls = [
-                lambda w=w, t=tile: gate_up_triton(rows, w.w13, w.w13_scale, w.a2_scale, torch.bfloat16, t)
-                for w in sets
-            ]
+            calls = [lambda w=w, t=tile: gate_up(rows, w, t) for w in sets]
             check_and_time(
                 report,
                 f"moe fp8 gate_up T={num_tokens}",
@@ -148,7 +170,7 @@ def bench_size(report: Report, sets: list[Weights], num_tokens: int, quick: bool
         out = torch.empty(num_tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
         out_expected = reference_down(hidden, first, expert_ids)
         for tile in CANDIDATES[num_tokens][1]:
-            calls = [lambda w=w, t=tile: down_triton(hidden, w.w2, w.w2_scale, out, t) for w in sets]
+            calls = [lambda w=w, t=tile: down(hidden, w, out, t) for w in sets]
             out.fill_(float("nan"))
             check_and_time(
                 report,

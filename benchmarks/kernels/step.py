@@ -284,14 +284,14 @@ def try_tiles(
 def candidates(decodes: int, prompt: int) -> list[tuple[str, Callable[[], None]]]:
     """What to try at this size: skinny tiles, or the grouped product's. Up to 16 tokens: ``few``."""
     tokens = decodes + prompt
-    skinny, fp8 = dict(gemm.SKINNY_TILES), moe.FP8_TILES
+    skinny, fp8 = dict(gemm.SKINNY_TILES), moe.HOPPER_FP8_TILES
     code = torch.float8_e4m3fn
 
     def use_skinny(tile: SkinnyTile | None) -> None:
         gemm.SKINNY_TILES[code] = skinny[code] if tile is None else ((128, tile),)
 
     def use_wide(pair: tuple[Tile, Tile] | None) -> None:
-        moe.FP8_TILES = fp8 if pair is None else ((1 << 30, *pair),)
+        moe.HOPPER_FP8_TILES = fp8 if pair is None else ((1 << 30, *pair),)
 
     out: list[tuple[str, Callable[[], None]]] = []
     if tokens == 64:

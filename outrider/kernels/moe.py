@@ -7,12 +7,14 @@ before quantising), because SiLU makes scaling the output a different function.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 
 from outrider.kernels._dispatch import on_gpu
+from outrider.kernels.fp8_stream import StreamTile, can_stream, down_stream, gate_up_stream
 from outrider.kernels.invariant import is_invariant
 from outrider.kernels.moe_dispatch import (
     PLAIN,
@@ -26,6 +28,7 @@ from outrider.kernels.nvfp4 import dequantize_nvfp4
 from outrider.kernels.nvfp4_decode import dequantize_nvfp4_triton
 from outrider.kernels.quantize import quantize_fp8_reference
 
+TileT = TypeVar("TileT")
 ExpertMlp = Callable[[torch.Tensor, int], torch.Tensor]
 """(rows [R, M] already scaled, local expert) -> [R, M]."""
 
@@ -41,6 +44,21 @@ FP8_TILES = (
 
 H200, 2026-11-23, 16 experts of 5120 x 8192: gate-up 297 us at 64 tokens, 316 at 512, 356 at 1,024 (64 x 64 tiles: 377,
 for half of the experts then have a second row block), 1,165 at 8,192; benchmarks/results/kernels_moe_h200.json
+"""
+
+HOPPER_FP8_TILES: tuple[tuple[int, Tile | StreamTile, Tile | StreamTile], ...] = (
+    *(row for row in FP8_TILES if row[0] <= 24),
+    (66, StreamTile(64, 128, 256, 4), StreamTile(64, 128, 128, 6)),
+    (100, StreamTile(64, 128, 128, 3, 4, 2), StreamTile(64, 128, 128, 6)),
+    (160, StreamTile(64, 64, 256, 5), StreamTile(64, 64, 256, 5)),
+    (288, FP8_TILES[-1][1], StreamTile(64, 64, 256, 5)),
+    FP8_TILES[-1],
+)
+"""The same for experts that ``can_stream``.
+
+H200, 2026-11-26, both products of a layer with random routing in us, by FP8_TILES / by these: 512 tokens 556 / 505, 752
+573 / 507, 1,024 591 / 530, 1,280 678 / 560, 1,536 596 / 566, 2,048 753 / 717, 4,096 1,191 / 1,126; under a lasting load
+752 603 / 517, 1,024 645 / 564. Up to 384 tokens nothing is gained: trials_h200.txt
 """
 
 BF16_TILES = (
@@ -158,13 +176,19 @@ def moe_fp8_triton(
     a13_scale: torch.Tensor,
     a2_scale: torch.Tensor,
     expert_range: tuple[int, int] | None = None,
-    tiles: tuple[Tile, Tile] | None = None,
+    tiles: tuple[Tile | StreamTile, Tile | StreamTile] | None = None,
 ) -> torch.Tensor:
-    """``moe_fp8`` as three Triton launches; ``tiles`` overrides the table."""
+    """``moe_fp8`` as three launches; ``tiles`` overrides the tables."""
     experts = expert_range or (0, w13.shape[0])
-    up_tile, down_tile = tiles or choose_tiles(FP8_TILES, expert_ids.numel(), experts[1])
+    table: Sequence[tuple[int, Tile | StreamTile, Tile | StreamTile]] = FP8_TILES
+    if can_stream(w13, w2) and not is_invariant():
+        table = HOPPER_FP8_TILES
+    up_tile, down_tile = tiles or choose_tiles(table, expert_ids.numel(), experts[1])
     rows = gather_rows_triton(x, expert_ids, scores, experts, STATIC_FP8, a13_scale)
-    hidden = gate_up_triton(rows, w13, w13_scale, a2_scale, x.dtype, up_tile)
+    if isinstance(up_tile, StreamTile):
+        hidden = gate_up_stream(rows, w13, w13_scale, a2_scale, x.dtype, up_tile)
+    else:
+        hidden = gate_up_triton(rows, w13, w13_scale, a2_scale, x.dtype, up_tile)
     return _down(hidden, w2, w2_scale, down_tile, x, expert_ids, expert_range)
 
 
@@ -172,14 +196,18 @@ def _down(
     hidden: SortedRows,
     w2: torch.Tensor,
     w2_scale: torch.Tensor | None,
-    tile: Tile,
+    tile: Tile | StreamTile,
     x: torch.Tensor,
     expert_ids: torch.Tensor,
     expert_range: tuple[int, int] | None,
 ) -> torch.Tensor:
     """The second product in token order."""
     out = output_rows(x, expert_ids, expert_range)
-    down_triton(hidden, w2, w2_scale, out, tile)
+    if isinstance(tile, StreamTile):
+        assert w2_scale is not None
+        down_stream(hidden, w2, w2_scale, out, tile)
+    else:
+        down_triton(hidden, w2, w2_scale, out, tile)
     return combine_choices(out, expert_ids.shape[1])
 
 
@@ -208,8 +236,8 @@ def moe_nvfp4_triton(
 
 
 def choose_tiles(
-    table: tuple[tuple[int, Tile, Tile], ...], num_rows: int, num_experts: int
-) -> tuple[Tile, Tile]:
+    table: Sequence[tuple[int, TileT, TileT]], num_rows: int, num_experts: int
+) -> tuple[TileT, TileT]:
     """The (gate-up, down) tiles for this many rows spread evenly over the experts; always the same if invariant."""
     mean_rows = INVARIANT_ROWS if is_invariant() else num_rows / num_experts
     return next((up, down) for most_rows, up, down in table if mean_rows <= most_rows)
