@@ -179,7 +179,10 @@ class Starts:
             return self._pacer.may_start
         if apart > together:
             self._hold_steps = int(together) // 2  # then look again
-        return apart <= together
+            return False
+        # Starts at the rate at which ends will make room for what all others then grow.
+        self._hold_steps = self.estimator.expected_total(head) // (len(running) + count)
+        return True
 
     def _wave_share(self, num_decodes: int) -> int:
         return max(self._share, LAST_WAVE_TOKENS - num_decodes)

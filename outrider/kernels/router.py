@@ -74,7 +74,9 @@ def _route_rows_kernel(
         tl.store(arrivals_ptr + block, 0)
         logits = tl.zeros((ROWS, BINS), tl.float32)
         for split in tl.static_range(SPLIT):
-            logits += tl.load(partial_ptr + split * plane + places, mask=mask, other=0.0, cache_modifier=".cg")
+            logits += tl.load(
+                partial_ptr + split * plane + places, mask=mask, other=0.0, cache_modifier=".cg"
+            )
         logits = logits.to(x_ptr.dtype.element_ty).to(tl.float32)
         logits = tl.where((experts < num_experts)[None, :], logits, float("-inf"))
         for choice in tl.static_range(K):

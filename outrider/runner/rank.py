@@ -36,9 +36,9 @@ GIB = 1 << 30
 CPU_KV_BYTES = 2 * GIB
 """At most this, and a quarter of the memory: every page becomes resident in time, since old prefixes are kept."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-RESERVED_BYTES = int(1.9 * GIB)
+RESERVED_BYTES = int(1.8 * GIB)
 """Kept free of weights, activations and KV cache. H200, 2026-11-26, Scout: CUDA and the loaded kernels take 0.75 GiB,
-77 graphs 0.6 GiB and what they compute in another 0.5 GiB."""
+74 graphs 0.6 GiB, and what these compute, which prompts without a graph cannot reuse, another 0.6 GiB."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 
 from outrider.kernels.compile_ahead import compiling
 from outrider.kernels.gemm import MOST_FEW_ROWS
-from outrider.kernels.sampling import SamplingRows, sample
+from outrider.kernels.sampling import SamplingRows, sample, top_logprobs
 from outrider.kv_layout import KVLayout, plan_layout
 from outrider.models.config import ModelConfig
 from outrider.models.decoder import Decoder
@@ -65,7 +65,8 @@ def measure_activations(model: Decoder, config: ModelConfig, resolved: Resolved)
     hidden = _prefill(model, config, resolved, kv, resolved.max_num_batched_tokens)
     if model.parallel.is_last_stage:
         logits = model.logits(hidden[: resolved.max_num_seqs])
-        _ = logits.float().softmax(-1)  # as much as sampling with logprobs ever holds
+        edited = logits.float()  # what penalties, biases and grammars are applied to
+        top_logprobs(logits, edited.argmax(-1), 20)
     torch.cuda.synchronize(resolved.device)
     return torch.cuda.max_memory_allocated(resolved.device)
 
