@@ -1,7 +1,7 @@
 """MoE bookkeeping on the device: top-k routing, and rows gathered by expert, scaled and quantised.
 
 Called by the launchers of ``moe``. No host synchronisation and fixed grids, so it lives in CUDA graphs. The sort
-is stable (a counting sort each program redoes for its own rows), so results do not depend on scheduling.
+is stable (a counting sort: every program counts what goes before its rows), so results do not depend on scheduling.
 """
 
 from __future__ import annotations
@@ -13,11 +13,17 @@ import triton
 import triton.language as tl
 
 from outrider.kernels._dispatch import ceil_div, power_of_two_at_least
-from outrider.kernels.nvfp4_decode import stream_source
+from outrider.kernels.nvfp4_decode import to_stream_order
 from outrider.kernels.quantize import MIN_ROW_SCALE, to_fp8
 
 ROW_PADDING = 256
 """Spare rows behind every expert-sorted buffer, so that a tile may load past the last row."""
+
+MOST_PROGRAMS = 2048
+"""Rows up to which the gather has a program for each: enough to fill any GPU. Each reads all expert ids."""
+
+MOST_SCANNED = 2048
+"""Expert ids that a program of the gather counts at a time."""
 
 PLAIN, STATIC_FP8, DYNAMIC_FP8, STREAM_FP8 = 0, 1, 2, 3
 """What the gathered rows become: the model dtype, e4m3 with a given scale, e4m3 with a scale a row, and that with
@@ -61,6 +67,37 @@ def _route_kernel(
         logits = tl.where(experts[None, :] == expert[:, None], float("-inf"), logits)
 
 
+@triton.jit
+def _local_expert(ids_ptr, rows, num_rows, first_expert, num_experts, FOREIGN: tl.constexpr):
+    """The local experts of flat choices ``rows``; ``FOREIGN`` for another rank's and behind the last choice."""
+    expert = tl.load(ids_ptr + rows, mask=rows < num_rows, other=-1) - first_expert
+    return tl.where((rows < num_rows) & (expert >= 0) & (expert < num_experts), expert, FOREIGN)
+
+
+@triton.jit
+def _store_offsets(
+    ids_ptr, offsets_ptr, num_rows, first_expert, num_experts, BINS: tl.constexpr, SCAN: tl.constexpr
+):
+    bins = tl.arange(0, BINS)
+    total = tl.zeros((BINS,), tl.int32)
+    for start in range(0, num_rows, SCAN):
+        rows = start + tl.arange(0, SCAN)
+        expert = _local_expert(ids_ptr, rows, num_rows, first_expert, num_experts, BINS - 1)
+        total += tl.histogram(expert, BINS)
+    tl.store(offsets_ptr + bins, tl.cumsum(total, 0) - total, mask=bins <= num_experts)
+
+
+@triton.jit
+def _find_slot(ids_ptr, row, expert, num_rows, first_expert, num_experts, SCAN: tl.constexpr):
+    """Where row ``row`` of local expert ``expert`` goes: behind all rows of lower experts and its expert's earlier."""
+    before = tl.zeros((SCAN,), tl.int32)
+    for start in range(0, num_rows, SCAN):
+        rows = start + tl.arange(0, SCAN)
+        other = _local_expert(ids_ptr, rows, num_rows, first_expert, num_experts, 2147483647)
+        before += ((other < expert) | ((other == expert) & (rows < row))).to(tl.int32)
+    return tl.sum(before, 0).to(tl.int64)
+
+
 @triton.jit(do_not_specialize=("num_rows", "first_expert"))
 def _gather_kernel(
     x_ptr,
@@ -83,33 +120,23 @@ def _gather_kernel(
     SCAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # Counting sort: every program counts all ids, and those before its own rows, to place its rows.
-    first_row = tl.program_id(0) * ROWS
-    bins = tl.arange(0, BINS)
-    total = tl.zeros((BINS,), tl.int32)
-    before = tl.zeros((BINS,), tl.int32)
-    for start in range(0, num_rows, SCAN):
-        rows = start + tl.arange(0, SCAN)
-        expert = tl.load(ids_ptr + rows, mask=rows < num_rows, other=-1) - first_expert
-        expert = tl.where((rows < num_rows) & (expert >= 0) & (expert < num_experts), expert, BINS - 1)
-        total += tl.histogram(expert, BINS)
-        before += tl.histogram(tl.where(rows < first_row, expert, BINS - 1), BINS)
-    offsets = tl.cumsum(total, 0) - total
-    if first_row == 0:
-        tl.store(offsets_ptr + bins, offsets, mask=bins <= num_experts)
-    next_slot = offsets + before  # where this program's next row of each expert goes
+    # Counting sort: the first program stores the bounds, every other one finds the places of its rows by itself.
+    if tl.program_id(0) == 0:
+        _store_offsets(ids_ptr, offsets_ptr, num_rows, first_expert, num_experts, BINS, SCAN)
+        return
+    first_row = (tl.program_id(0) - 1) * ROWS
     columns = tl.arange(0, BLOCK)
     mask = columns < row_size
     for row in range(first_row, tl.minimum(first_row + ROWS, num_rows)):
         expert = tl.load(ids_ptr + row) - first_expert
         if (expert >= 0) & (expert < num_experts):
-            slot = tl.sum(tl.where(bins == expert, next_slot, 0), 0).to(tl.int64)
-            next_slot += (bins == expert).to(tl.int32)
+            # The row is on its way from memory while its place is counted.
+            x = tl.load(x_ptr + (row // TOP_K) * row_size.to(tl.int64) + columns, mask=mask, other=0.0)
+            score = tl.load(scores_ptr + row)
+            slot = _find_slot(ids_ptr, row, expert, num_rows, first_expert, num_experts, SCAN)
             tl.store(index_ptr + slot, row)
-            source = stream_source(columns) if MODE == 3 else columns
-            x = tl.load(x_ptr + (row // TOP_K) * row_size.to(tl.int64) + source, mask=mask, other=0.0)
             # The model rounds the scaled input before anything else sees it.
-            scaled = (x.to(tl.float32) * tl.load(scores_ptr + row)).to(x.dtype)
+            scaled = (x.to(tl.float32) * score).to(x.dtype)
             if MODE == 0:
                 tl.store(sorted_ptr + slot * row_size + columns, scaled, mask=mask)
             else:
@@ -119,7 +146,10 @@ def _gather_kernel(
                 else:
                     scale = tl.maximum(tl.max(tl.abs(scaled), 0) / 448.0, MIN_SCALE)
                     tl.store(out_scale_ptr + slot, scale)
-                tl.store(sorted_ptr + slot * row_size + columns, to_fp8(scaled, scale), mask=mask)
+                codes = to_fp8(scaled, scale)
+                if MODE == 3:
+                    codes = to_stream_order(codes)
+                tl.store(sorted_ptr + slot * row_size + columns, codes, mask=mask)
 
 
 def route_triton(router_logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,8 +196,8 @@ def gather_rows_triton(
         if mode in (DYNAMIC_FP8, STREAM_FP8)
         else None
     )
-    rows = 1 if num_rows <= 1024 else 16
-    _gather_kernel[(ceil_div(num_rows, rows),)](
+    rows = power_of_two_at_least(ceil_div(num_rows, MOST_PROGRAMS), 1)
+    _gather_kernel[(1 + ceil_div(num_rows, rows),)](
         x,
         expert_ids,
         scores,
@@ -185,8 +215,8 @@ def gather_rows_triton(
         MIN_SCALE=MIN_ROW_SCALE,
         ROWS=rows,
         BINS=power_of_two_at_least(num_experts + 1, 16),
-        SCAN=min(1024, power_of_two_at_least(num_rows, 128)),
-        BLOCK=power_of_two_at_least(row_size, 128),
+        SCAN=min(MOST_SCANNED, power_of_two_at_least(num_rows, 128)),
+        BLOCK=power_of_two_at_least(row_size, 512 if mode == STREAM_FP8 else 128),
         num_warps=8,
     )
     return SortedRows(
@@ -213,7 +243,7 @@ _GATHER_CONSTANTS = {
     "MIN_SCALE": MIN_ROW_SCALE,
     "ROWS": 1,
     "BINS": 32,
-    "SCAN": 512,
+    "SCAN": 2048,
     "BLOCK": 8192,
 }
 

@@ -56,11 +56,14 @@ def sign_place(i):
 
 
 @triton.jit
-def stream_source(place):
-    """The in feature at place ``place`` of a row of activations in the order of ``nvfp4_repack``'s weights."""
-    piece = place % 512 // 32
-    column = place % 32
-    return place // 512 * 512 + (column // 4 * 4 + piece // 4) * 16 + piece % 4 * 4 + column % 4
+def to_stream_order(codes):
+    """A row of activations ``[n · 512]``, in features in order, in the order of ``nvfp4_repack``'s weights.
+
+    Of the 512 in features of a chunk, 16 i + 4 j + k (k < 4) moves to 128 (i % 4) + 32 j + 4 (i // 4) + k.
+    """
+    SIZE: tl.constexpr = codes.shape[0]
+    tiles = tl.reshape(codes, (SIZE // 512, 8, 4, 4, 4))
+    return tl.reshape(tl.permute(tiles, (0, 2, 3, 1, 4)), (SIZE,))
 
 
 @triton.jit

@@ -6,10 +6,18 @@ import exact_casts  # noqa: F401
 import pytest
 import torch
 
-from outrider.kernels import moe
-from outrider.kernels.moe_dispatch import DYNAMIC_FP8, PLAIN, STATIC_FP8, gather_rows_triton, route_triton
+from outrider.kernels import moe, moe_dispatch
+from outrider.kernels.moe_dispatch import (
+    DYNAMIC_FP8,
+    PLAIN,
+    STATIC_FP8,
+    STREAM_FP8,
+    gather_rows_triton,
+    route_triton,
+)
 from outrider.kernels.moe_gemm import Tile
 from outrider.kernels.nvfp4 import dequantize_nvfp4
+from outrider.kernels.quantize import quantize_fp8_reference, quantize_fp8_rowwise_reference
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -55,11 +63,16 @@ def test_route(op, tokens, experts, top_k):
     assert torch.allclose(scores, torch.sigmoid(values))
 
 
-@pytest.mark.parametrize("mode", [PLAIN, STATIC_FP8, DYNAMIC_FP8])
-@pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (41, 1), (23, 2)])
-def test_gather_sorts_rows_by_expert(mode, tokens, top_k):
-    """Guards: an unstable or wrong sort, foreign experts' rows, the score missing or applied after quantising."""
-    x = randn(tokens, 72)
+@pytest.mark.parametrize("mode", [PLAIN, STATIC_FP8, DYNAMIC_FP8, STREAM_FP8])
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "programs", "scanned"), [(1, 1, 64, 64), (41, 1, 64, 16), (23, 2, 10, 32)]
+)
+def test_gather_sorts_rows_by_expert(monkeypatch, mode, tokens, top_k, programs, scanned):
+    """Guards: an unstable or wrong sort, also where ids are counted in parts and a program takes several rows; foreign
+    experts' rows; the score missing or applied after quantising; the wrong order for repacked weights."""
+    monkeypatch.setattr(moe_dispatch, "MOST_PROGRAMS", programs)
+    monkeypatch.setattr(moe_dispatch, "MOST_SCANNED", scanned)
+    x = randn(tokens, 1536 if mode == STREAM_FP8 else 72)
     ids, scores = moe.route_reference(randn(tokens, 6), top_k)
     scale = torch.tensor(0.01, device=DEVICE)
     rows = gather_rows_triton(x, ids, scores, (1, 4), mode, scale)
@@ -71,11 +84,17 @@ def test_gather_sorts_rows_by_expert(mode, tokens, top_k):
         x[torch.tensor(local, dtype=torch.long, device=DEVICE) // top_k] * scores.flatten()[local, None]
     )
     got = rows.x[: len(local)].float()
-    if mode == STATIC_FP8:
-        got = got * scale
-    if mode == DYNAMIC_FP8:
-        got = got * rows.scale[: len(local), None]
-    assert torch.allclose(got, expected, rtol=0.07 if mode else 1e-6, atol=0.01 if mode else 0)
+    if mode == PLAIN:
+        assert torch.equal(got, expected)
+    elif mode == STATIC_FP8:
+        assert torch.equal(got, quantize_fp8_reference(expected, scale).float())
+    else:
+        codes, row_scale = quantize_fp8_rowwise_reference(expected)
+        codes = codes.float()
+        if mode == STREAM_FP8:
+            codes = codes.unflatten(1, (-1, 8, 4, 4, 4)).permute(0, 1, 3, 4, 2, 5).flatten(1)
+        assert torch.equal(rows.scale[: len(local)], row_scale)
+        assert torch.equal(got, codes) if not GPU else (got == codes).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("tiles", TILES)
