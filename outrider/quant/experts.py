@@ -43,6 +43,11 @@ class ExpertShape:
     inter_size: int
     inter: tuple[int, int]
 
+    @property
+    def some_experts(self) -> tuple[int, int] | None:
+        """``experts``, or None where this rank holds all: no row of the output then waits for another rank."""
+        return None if self.experts == (0, self.num_experts) else self.experts
+
 
 class Experts(Protocol):
     """``y[T, M]``: the sum over a token's chosen experts held here; ``x[T, M]`` is scaled by the score inside."""
@@ -161,7 +166,7 @@ class PlainExperts:
         (_, count), (_, inter), hidden = shape.experts, shape.inter, shape.hidden_size
         self.w13 = builder.empty(count, 2 * inter, hidden)
         self.w2 = builder.empty(count, hidden, inter)
-        self.expert_range = shape.experts
+        self.some_experts = shape.some_experts
         weights.add_matrices("weight", self.w13, self.w2, pack=1)
 
     def __call__(
@@ -171,7 +176,7 @@ class PlainExperts:
         scores: torch.Tensor,
     ) -> torch.Tensor:
         """See ``Experts``."""
-        return moe_bf16(x, expert_ids, scores, self.w13, self.w2, self.expert_range)
+        return moe_bf16(x, expert_ids, scores, self.w13, self.w2, self.some_experts)
 
 
 class Fp8Experts:
@@ -183,7 +188,7 @@ class Fp8Experts:
         self.w2 = builder.empty(count, hidden, inter, dtype=torch.float8_e4m3fn)
         self.weight_scales = builder.empty(2, count, dtype=torch.float32)
         self.input_scales = builder.empty(2, dtype=torch.float32)
-        self.expert_range = shape.experts
+        self.expert_range, self.some_experts = shape.experts, shape.some_experts
         weights.add_matrices("weight", self.w13, self.w2, pack=1)
         read_weight_scales = weights.add_scalars("weight_scale")
         read_input_scales = weights.add_scalars("input_scale")
@@ -213,7 +218,7 @@ class Fp8Experts:
             w2_scale,
             a13_scale,
             a2_scale,
-            self.expert_range,
+            self.some_experts,
         )
 
 
@@ -232,7 +237,7 @@ class Nvfp4Experts:
         self.w13_block_scale = builder.empty(count, 2 * inter, hidden // BLOCK_SIZE, dtype=fp8)
         self.w2_block_scale = builder.empty(count, hidden, inter // BLOCK_SIZE, dtype=fp8)
         self.scales = builder.empty(2, dtype=torch.float32)
-        self.expert_range = shape.experts
+        self.expert_range, self.some_experts = shape.experts, shape.some_experts
         weights.add_matrices("weight", self.w13, self.w2, pack=2)
         weights.add_matrices("weight_scale", self.w13_block_scale, self.w2_block_scale, pack=BLOCK_SIZE)
         read_scales = weights.add_scalars("weight_scale_2")
@@ -274,13 +279,13 @@ class Nvfp4Experts:
     ) -> torch.Tensor:
         """See ``Experts``."""
         if self.fp4 is not None:
-            return moe_w4a4(x, expert_ids, scores, *self.fp4, self.expert_range)
+            return moe_w4a4(x, expert_ids, scores, *self.fp4, self.some_experts)
         op = moe_nvfp4_repacked if self.repacked else moe_nvfp4
         out: torch.Tensor = op(
             x, expert_ids, scores,
             self.w13, self.w13_block_scale, self.scales[0],
             self.w2, self.w2_block_scale, self.scales[1],
-            self.expert_range,
+            self.some_experts,
         )  # fmt: skip
         return out
 
