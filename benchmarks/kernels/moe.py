@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.kernels.common import Report, graph_us, parse_args, relative_error
 from outrider.kernels import moe
+from outrider.kernels.activation import swiglu
 from outrider.kernels.fp8_stream import StreamTile, down_stream, gate_up_stream
 from outrider.kernels.moe_dispatch import STATIC_FP8, SortedRows, gather_rows_triton
 from outrider.kernels.moe_gemm import Tile, down_triton, gate_up_triton
@@ -212,7 +213,7 @@ def reference_hidden(rows: SortedRows, weights: Weights, expert_ids: torch.Tenso
         mine = experts == expert
         codes = rows.x[: rows.num_rows][mine].float()
         gate_up = codes @ weights.w13[expert].float().T * (weights.a13_scale * weights.w13_scale[expert])
-        out[mine] = moe.quantize_fp8_reference(moe.swiglu(gate_up.to(torch.bfloat16)), weights.a2_scale)
+        out[mine] = moe.quantize_fp8_reference(swiglu(gate_up.to(torch.bfloat16)), weights.a2_scale)
     return out
 
 

@@ -117,7 +117,7 @@ def accuracy() -> None:
     x4 = x4.unflatten(-1, (-1, 16)) * (x_scale.float() * (x.float().abs().max() / 2688))[..., None]
     outs = {
         "weight-only": nvfp4.nvfp4_linear(x, *weights),
-        "fp8 rows": nvfp4.fp8_rows_linear(x, *nvfp4.nvfp4_to_fp8_rows(*weights)),
+        "fp8 rows": nvfp4.fp8_rows_linear(x, *nvfp4.nvfp4_to_fp8_rows(*weights), x.dtype),
         "w4a4 (format's own)": x4.flatten(-2).double() @ quantised.T,
     }
     for name, out in outs.items():
@@ -136,7 +136,7 @@ def bench_dense(report: Report, name: str) -> None:
     for rows in (1, 64, 512, 1024):
         x = torch.randn(rows, depth, device="cuda", dtype=torch.bfloat16)
         case, flops = f"nvfp4 {name} T={rows}", 2.0 * rows * num_outputs * depth
-        calls = [lambda w=w, x=x: nvfp4.fp8_rows_linear(x, *w) for w in rows_sets]
+        calls = [lambda w=w, x=x: nvfp4.fp8_rows_linear(x, *w, x.dtype) for w in rows_sets]
         timed(report, case, "fp8 rows", calls, x.float() @ exact.T, 0.05, exact.numel(), flops)
     repacked = [(packed[None].clone(), scale[None].clone(), top) for packed, scale, top in sets]
     for packed, scale, _ in repacked:

@@ -11,25 +11,27 @@ import triton
 import triton.language as tl
 
 from outrider.kernels._dispatch import ceil_div, on_gpu, power_of_two_at_least
-from outrider.kernels.quantize import quantize_fp8_reference, to_fp8
+from outrider.kernels.quantize import Fp8Form, Operand, empty_rows, quantize_rows_reference, row_scale, to_fp8
 
 
-def silu_mul(gate_up: torch.Tensor, fp8_scale: torch.Tensor | None = None) -> torch.Tensor:
-    """``silu(gate) * up`` of ``gate_up [T, 2I]`` (gate is the first half) as ``[T, I]``.
+def silu_mul(gate_up: torch.Tensor, form: Fp8Form | None = None) -> Operand:
+    """``silu(gate) * up`` of ``gate_up [T, 2I]`` (gate is the first half): ``[T, I]`` as the next product wants it.
 
-    float32 inside, rounded once to the dtype of ``gate_up``. With ``fp8_scale`` (float32 scalar tensor) that
-    rounded value is divided by the scale, clamped to +-448 and returned as float8_e4m3fn.
+    float32 inside, rounded once to the dtype of ``gate_up``, before it takes ``form``.
     """
-    if on_gpu(gate_up):
-        return silu_mul_triton(gate_up, fp8_scale)
-    return silu_mul_reference(gate_up, fp8_scale)
+    return silu_mul_triton(gate_up, form) if on_gpu(gate_up) else silu_mul_reference(gate_up, form)
 
 
-def silu_mul_reference(gate_up: torch.Tensor, fp8_scale: torch.Tensor | None = None) -> torch.Tensor:
+def silu_mul_reference(gate_up: torch.Tensor, form: Fp8Form | None = None) -> Operand:
     """The contract of ``silu_mul`` in plain torch: the CPU path and the test oracle."""
+    y = swiglu(gate_up)
+    return y if form is None else quantize_rows_reference(y, form)
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up`` of ``[R, 2I]`` in the model dtype alone; the references of experts call it too."""
     gate, up = gate_up.float().chunk(2, dim=-1)
-    y = (F.silu(gate) * up).to(gate_up.dtype)
-    return y if fp8_scale is None else quantize_fp8_reference(y, fp8_scale)
+    return (F.silu(gate) * up).to(gate_up.dtype)
 
 
 @triton.jit
@@ -47,9 +49,10 @@ def _silu_mul_kernel(
     row_stride,
     num_cols,
     HAS_FP8: tl.constexpr,
+    PER_ROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program writes ``BLOCK`` columns of one row."""
+    """One program writes ``BLOCK`` columns of one row; all of them where they share a scale of their own."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < num_cols
@@ -57,43 +60,50 @@ def _silu_mul_kernel(
     up = tl.load(gate_up_ptr + row * row_stride + num_cols + cols, mask=mask, other=0.0)
     y = swiglu_rounded(gate, up, gate.dtype)
     if HAS_FP8:
-        tl.store(out_ptr + row * num_cols + cols, to_fp8(y.to(tl.float32), tl.load(scale_ptr)), mask=mask)
-    else:
-        tl.store(out_ptr + row * num_cols + cols, y, mask=mask)
+        y = y.to(tl.float32)
+        if PER_ROW:
+            scale = row_scale(y)
+            tl.store(scale_ptr + row, scale)
+        else:
+            scale = tl.load(scale_ptr)
+        y = to_fp8(y, scale)
+    tl.store(out_ptr + row * num_cols + cols, y, mask=mask)
 
 
-def silu_mul_triton(gate_up: torch.Tensor, fp8_scale: torch.Tensor | None = None) -> torch.Tensor:
+def silu_mul_triton(gate_up: torch.Tensor, form: Fp8Form | None = None) -> Operand:
     """Launch over rows and column blocks; see ``silu_mul``."""
     num_rows, width = gate_up.shape
     num_cols = width // 2
-    dtype = gate_up.dtype if fp8_scale is None else torch.float8_e4m3fn
-    out = torch.empty((num_rows, num_cols), dtype=dtype, device=gate_up.device)
-    if num_rows == 0:
-        return out
-    block = min(2048, power_of_two_at_least(num_cols, 32))
-    _silu_mul_kernel[(num_rows, ceil_div(num_cols, block))](
-        gate_up,
-        out,
-        fp8_scale,
-        gate_up.stride(0),
-        num_cols,
-        HAS_FP8=fp8_scale is not None,
-        BLOCK=block,
-        num_warps=max(1, min(8, block // 256)),
-    )
-    return out
+    shape, device = (num_rows, num_cols), gate_up.device
+    fp8 = None if form is None else empty_rows(shape, device, form)
+    out = torch.empty(shape, dtype=gate_up.dtype, device=device) if fp8 is None else fp8.codes
+    per_row = form is not None and form.scale is None
+    block = power_of_two_at_least(num_cols, 32)
+    if not per_row:
+        block = min(2048, block)
+    if num_rows:
+        _silu_mul_kernel[(num_rows, ceil_div(num_cols, block))](
+            gate_up,
+            out,
+            None if fp8 is None else fp8.scale,
+            gate_up.stride(0),
+            num_cols,
+            HAS_FP8=fp8 is not None,
+            PER_ROW=per_row,
+            BLOCK=block,
+            num_warps=max(1, min(8, block // 256)),
+        )
+    return out if fp8 is None else fp8
 
 
+_SIGNATURE = {
+    "gate_up_ptr": "*bf16",
+    "out_ptr": "*fp8e4nv",
+    "scale_ptr": "*fp32",
+    "row_stride": "i32",
+    "num_cols": "i32",
+}
 AOT_SPECS = [
-    (
-        _silu_mul_kernel,
-        {
-            "gate_up_ptr": "*bf16",
-            "out_ptr": "*fp8e4nv",
-            "scale_ptr": "*fp32",
-            "row_stride": "i32",
-            "num_cols": "i32",
-        },
-        {"HAS_FP8": True, "BLOCK": 2048},
-    )
+    (_silu_mul_kernel, _SIGNATURE, {"HAS_FP8": True, "PER_ROW": False, "BLOCK": 2048}),
+    (_silu_mul_kernel, _SIGNATURE, {"HAS_FP8": True, "PER_ROW": True, "BLOCK": 8192}, {"num_warps": 8}),
 ]

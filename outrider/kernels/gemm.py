@@ -96,7 +96,7 @@ def fp8_linear(
     """
     if not on_gpu(x):
         return fp8_linear_reference(x, weight, x_scale, w_scale, out_dtype)
-    lone = lone_row_tile(x, weight)
+    lone = lone_row_tile(x.shape[0], weight)
     if lone is not None:
         return gemv_triton(x, weight, x_scale, w_scale, out_dtype, lone)
     tile = _skinny_tile(x, weight)
@@ -105,9 +105,9 @@ def fp8_linear(
     return skinny_triton(x, weight, x_scale, w_scale, out_dtype, tile)
 
 
-def lone_row_tile(x: torch.Tensor, weight: torch.Tensor) -> GemvTile | None:
-    """The tile for FP8 weights and a single row of ``x``, whatever its dtype; None where the other products take it."""
-    if not on_gpu(x) or x.shape[0] != 1 or is_invariant() or GEMV_TILE is None:
+def lone_row_tile(num_rows: int, weight: torch.Tensor) -> GemvTile | None:
+    """The tile for FP8 weights and a single row of any dtype; None where the other products take it."""
+    if not on_gpu(weight) or num_rows != 1 or is_invariant() or GEMV_TILE is None:
         return None
     return GEMV_TILE if GEMV_TILE.takes(weight.shape[1]) else None
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from outrider.kernels._dispatch import on_gpu
+from outrider.kernels.activation import swiglu
 from outrider.kernels.fp8_stream import StreamTile, can_stream, down_stream, gate_up_stream
 from outrider.kernels.invariant import is_invariant
 from outrider.kernels.moe_dispatch import (
@@ -260,12 +261,6 @@ def route_reference(router_logits: torch.Tensor, top_k: int) -> tuple[torch.Tens
     """Plain-torch ``route``; a stable sort makes the lowest expert win ties."""
     logits, expert_ids = router_logits.float().sort(dim=-1, descending=True, stable=True)
     return expert_ids[:, :top_k].to(torch.int32), torch.sigmoid(logits[:, :top_k])
-
-
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) · up`` in float32 of ``[R, 2I]`` whose first half is the gate, rounded to its dtype."""
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    return (F.silu(gate) * up).to(gate_up.dtype)
 
 
 def moe_bf16_reference(

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from outrider.kernels._dispatch import ceil_div, power_of_two_at_least
 from outrider.kernels.nvfp4_decode import to_stream_order
-from outrider.kernels.quantize import MIN_ROW_SCALE, to_fp8
+from outrider.kernels.quantize import row_scale, to_fp8
 
 ROW_PADDING = 256
 """Spare rows behind every expert-sorted buffer, so that a tile may load past the last row."""
@@ -114,7 +114,6 @@ def _gather_kernel(
     num_experts,
     TOP_K: tl.constexpr,
     MODE: tl.constexpr,
-    MIN_SCALE: tl.constexpr,
     ROWS: tl.constexpr,
     BINS: tl.constexpr,
     SCAN: tl.constexpr,
@@ -144,7 +143,7 @@ def _gather_kernel(
                 if MODE == 1:
                     scale = tl.load(in_scale_ptr)
                 else:
-                    scale = tl.maximum(tl.max(tl.abs(scaled), 0) / 448.0, MIN_SCALE)
+                    scale = row_scale(scaled)
                     tl.store(out_scale_ptr + slot, scale)
                 codes = to_fp8(scaled, scale)
                 if MODE == 3:
@@ -212,7 +211,6 @@ def gather_rows_triton(
         num_experts,
         TOP_K=top_k,
         MODE=mode,
-        MIN_SCALE=MIN_ROW_SCALE,
         ROWS=rows,
         BINS=power_of_two_at_least(num_experts + 1, 16),
         SCAN=min(MOST_SCANNED, power_of_two_at_least(num_rows, 128)),
@@ -240,7 +238,6 @@ _GATHER_SIGNATURE = {
 }
 _GATHER_CONSTANTS = {
     "TOP_K": 1,
-    "MIN_SCALE": MIN_ROW_SCALE,
     "ROWS": 1,
     "BINS": 32,
     "SCAN": 2048,

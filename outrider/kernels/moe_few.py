@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from outrider.kernels._dispatch import arrival_counters, ceil_div, on_gpu, power_of_two_at_least
-from outrider.kernels.activation import silu_mul_reference
+from outrider.kernels.activation import swiglu
 from outrider.kernels.gemm import fp8_linear_reference
 from outrider.kernels.gemv import GemvTile, down_one_triton
 from outrider.kernels.moe import moe_fp8_reference, route_reference
@@ -105,7 +105,7 @@ def moe_few_reference(
     routed = moe_fp8_reference(x, expert_ids, scores, *experts)
     codes = quantize_fp8_reference(x, shared.input_scale)
     gate_up = fp8_linear_reference(codes, shared.gate_up, shared.input_scale, shared.gate_up_scale, x.dtype)
-    codes = silu_mul_reference(gate_up, shared.down_input_scale)
+    codes = quantize_fp8_reference(swiglu(gate_up), shared.down_input_scale)
     return (
         fp8_linear_reference(codes, shared.down, shared.down_input_scale, shared.down_scale, x.dtype) + routed
     )

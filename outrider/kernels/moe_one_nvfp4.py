@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from outrider.kernels._dispatch import ceil_div, interpreted, on_gpu
-from outrider.kernels.activation import silu_mul_reference
+from outrider.kernels.activation import swiglu
 from outrider.kernels.moe import route_reference
 from outrider.kernels.moe_few import NormWeights
 from outrider.kernels.moe_few_route import _norm_route_kernel, route_options
@@ -89,14 +89,14 @@ def moe_one_reference(
         return F.linear(row.float(), weight).to(x.dtype)
 
     gate_up = product(y, shared.gate_up.float() * shared.gate_up_scale[:, None])
-    out = product(silu_mul_reference(gate_up), shared.down.float() * shared.down_scale[:, None])
+    out = product(swiglu(gate_up), shared.down.float() * shared.down_scale[:, None])
     local = int(expert_ids[0, 0]) - experts.expert_range[0]
     if not 0 <= local < experts.expert_range[1]:
         return out
     w13 = unpack_reference(experts.w13[local], experts.w13_block_scale[local], gated=True) * experts.w13_scale
     w2 = unpack_reference(experts.w2[local], experts.w2_block_scale[local], gated=False) * experts.w2_scale
     scaled = (y.float() * scores.float()).to(x.dtype)
-    return out + product(silu_mul_reference(product(scaled, w13)), w2)
+    return out + product(swiglu(product(scaled, w13)), w2)
 
 
 @dataclass(frozen=True)

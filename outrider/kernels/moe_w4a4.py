@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 
 from outrider.kernels._dispatch import ceil_div, on_gpu
-from outrider.kernels.moe import combine_choices, for_each_expert, output_rows, swiglu
+from outrider.kernels.activation import swiglu
+from outrider.kernels.moe import combine_choices, for_each_expert, output_rows
 from outrider.kernels.moe_dispatch import PLAIN, gather_rows_triton
 from outrider.kernels.w4a4 import (
     Fp4Tile,

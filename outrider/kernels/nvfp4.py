@@ -16,7 +16,7 @@ from outrider.kernels._dispatch import on_gpu
 from outrider.kernels.gemm import fp8_linear, lone_row_tile
 from outrider.kernels.gemv import gemv_triton
 from outrider.kernels.nvfp4_decode import FP8_SHIFT, dequantize_nvfp4_triton, nvfp4_to_fp8_triton
-from outrider.kernels.quantize import FP8_MAX, quantize_fp8_rowwise
+from outrider.kernels.quantize import FP8_MAX, Fp8Form, Fp8Rows, Operand, quantize_fp8_rowwise
 
 BLOCK_SIZE = 16
 """Elements along the input dimension that share one e4m3 scale (NVFP4 format)."""
@@ -77,16 +77,24 @@ def nvfp4_to_fp8_rows(
     return weight, scale.expand(packed.shape[0]).contiguous()
 
 
-def fp8_rows_linear(x: torch.Tensor, weight: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
-    """``x[T, K] @ W.T -> [T, N]`` in ``x``'s dtype: activations to e4m3 with a scale a row, then an FP8 product.
+def fp8_rows_form(num_rows: int, weight: torch.Tensor) -> Fp8Form | None:
+    """The form in which ``fp8_rows_linear`` multiplies this many rows: e4m3 with a scale a row.
 
     A single row on a GPU stays as it is: its product needs no tensor cores, and rounding it would cost a launch.
     """
-    lone = lone_row_tile(x, weight)
-    if lone is not None:
-        return gemv_triton(x.contiguous(), weight, None, w_scale, x.dtype, lone)
-    codes, row_scale = quantize_fp8_rowwise(x)
-    return fp8_linear(codes, weight, row_scale, w_scale, x.dtype)
+    return Fp8Form() if lone_row_tile(num_rows, weight) is None else None
+
+
+def fp8_rows_linear(
+    x: Operand, weight: torch.Tensor, w_scale: torch.Tensor, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """``x[T, K] @ W.T -> [T, N]`` in ``out_dtype``; ``x`` in ``fp8_rows_form`` already, or put into it here."""
+    if not isinstance(x, Fp8Rows):
+        lone = lone_row_tile(x.shape[0], weight)
+        if lone is not None:
+            return gemv_triton(x.contiguous(), weight, None, w_scale, out_dtype, lone)
+        x = quantize_fp8_rowwise(x)
+    return fp8_linear(x.codes, weight, x.scale, w_scale, out_dtype)
 
 
 def nvfp4_linear_reference(

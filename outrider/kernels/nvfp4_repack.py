@@ -19,7 +19,7 @@ import triton.language as tl
 from outrider.kernels._dispatch import power_of_two_at_least
 from outrider.kernels.moe_dispatch import ROW_PADDING
 from outrider.kernels.nvfp4_decode import sign_place, to_stream_order
-from outrider.kernels.quantize import MIN_ROW_SCALE, to_fp8
+from outrider.kernels.quantize import row_scale, to_fp8
 
 CHUNK = 512
 """In features of a repacked tile: 32 scale blocks."""
@@ -110,14 +110,12 @@ def _repack_kernel(
 
 
 @triton.jit
-def _quantize_stream_kernel(
-    x_ptr, out_ptr, scale_ptr, row_size, MIN_SCALE: tl.constexpr, BLOCK: tl.constexpr
-):
+def _quantize_stream_kernel(x_ptr, out_ptr, scale_ptr, row_size, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < row_size
     x = tl.load(x_ptr + row * row_size + columns, mask=mask, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x), 0) / 448.0, MIN_SCALE)
+    scale = row_scale(x)
     tl.store(scale_ptr + row, scale)
     tl.store(out_ptr + row * row_size + columns, to_stream_order(to_fp8(x, scale)), mask=mask)
 
@@ -168,9 +166,7 @@ def quantize_stream(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.empty((num_rows + ROW_PADDING, row_size), dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(num_rows, dtype=torch.float32, device=x.device)
     block = power_of_two_at_least(row_size, CHUNK)
-    _quantize_stream_kernel[(num_rows,)](
-        x, out, scale, row_size, MIN_SCALE=MIN_ROW_SCALE, BLOCK=block, num_warps=8
-    )
+    _quantize_stream_kernel[(num_rows,)](x, out, scale, row_size, BLOCK=block, num_warps=8)
     return out, scale
 
 
@@ -191,7 +187,7 @@ AOT_SPECS = [
     (
         _quantize_stream_kernel,
         {"x_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "row_size": "i32"},
-        {"MIN_SCALE": MIN_ROW_SCALE, "BLOCK": 8192},
+        {"BLOCK": 8192},
         {"num_warps": 8},
     ),
 ]

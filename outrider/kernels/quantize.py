@@ -1,9 +1,13 @@
 """Activations to FP8 (e4m3): with a calibrated scale, or with a scale per row found on the spot.
 
-Called by the quantised linears and by the MoE kernels' launchers. Never touches weights.
+Called by the quantised linears, by the MoE kernels' launchers and, for what they write themselves, by norms and
+activations. Never touches weights.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,6 +22,27 @@ MIN_ROW_SCALE = 1e-12
 """Floor of a per-row scale, so that an all-zero row divides by something."""
 
 
+@dataclass(frozen=True, slots=True)
+class Fp8Form:
+    """The form in which a product takes its input when that is not the model dtype: e4m3 with a scale.
+
+    ``scale``: the calibrated one (f32 of one element), or None for a scale a row, found in the row itself.
+    """
+
+    scale: torch.Tensor | None = None
+
+
+class Fp8Rows(NamedTuple):
+    """``x[T, K] = codes · scale``: ``codes`` e4m3 [T, K], ``scale`` f32 of one element or [T], one a row."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+
+Operand = torch.Tensor | Fp8Rows
+"""What a product reads: ``x[T, K]`` in the model dtype, or in the ``Fp8Form`` that it asked for."""
+
+
 def quantize_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """``e4m3(clamp(x / scale, ±448))`` in float32 arithmetic; same shape as ``x``.
 
@@ -26,8 +51,8 @@ def quantize_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return quantize_fp8_triton(x, scale) if on_gpu(x) else quantize_fp8_reference(x, scale)
 
 
-def quantize_fp8_rowwise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x[T, K]`` to e4m3 with one scale a row: ``(x_fp8[T, K], scale f32[T])``, ``scale = amax(row) / 448``."""
+def quantize_fp8_rowwise(x: torch.Tensor) -> Fp8Rows:
+    """``x[T, K]`` to e4m3 with one scale a row, ``amax(row) / 448``."""
     return quantize_fp8_rowwise_triton(x) if on_gpu(x) else quantize_fp8_rowwise_reference(x)
 
 
@@ -36,10 +61,25 @@ def quantize_fp8_reference(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor
     return (x.float() / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
 
 
-def quantize_fp8_rowwise_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_fp8_rowwise_reference(x: torch.Tensor) -> Fp8Rows:
     """Plain-torch ``quantize_fp8_rowwise``."""
     scale = (x.float().abs().amax(-1) / FP8_MAX).clamp_(min=MIN_ROW_SCALE)
-    return quantize_fp8_reference(x, scale[:, None]), scale
+    return Fp8Rows(quantize_fp8_reference(x, scale[:, None]), scale)
+
+
+def quantize_rows_reference(x: torch.Tensor, form: Fp8Form) -> Fp8Rows:
+    """``x[T, K]`` in ``form``, in plain torch: what the kernels that write such rows are held to."""
+    if form.scale is None:
+        return quantize_fp8_rowwise_reference(x)
+    return Fp8Rows(quantize_fp8_reference(x, form.scale), form.scale)
+
+
+def empty_rows(shape: tuple[int, ...], device: torch.device, form: Fp8Form) -> Fp8Rows:
+    """Memory for rows in ``form``; a calibrated scale is in it already."""
+    codes = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+    if form.scale is not None:
+        return Fp8Rows(codes, form.scale)
+    return Fp8Rows(codes, torch.empty(shape[0], dtype=torch.float32, device=device))
 
 
 @triton.jit
@@ -47,6 +87,12 @@ def to_fp8(x, scale):
     """Clamp and round a float32 block to e4m3; shared by every kernel that writes FP8."""
     x = x / scale
     return tl.minimum(tl.maximum(x, -448.0), 448.0).to(tl.float8e4nv)
+
+
+@triton.jit
+def row_scale(x):
+    """The scale of one row, a float32 block: its largest value becomes 448."""
+    return tl.maximum(tl.max(tl.abs(x), 0) / 448.0, 1e-12)  # MIN_ROW_SCALE
 
 
 @triton.jit(do_not_specialize=("num_elements",))
@@ -58,14 +104,12 @@ def _quantize_kernel(x_ptr, scale_ptr, out_ptr, num_elements, BLOCK: tl.constexp
 
 
 @triton.jit
-def _quantize_rowwise_kernel(
-    x_ptr, out_ptr, scale_ptr, row_size, MIN_SCALE: tl.constexpr, BLOCK: tl.constexpr
-):
+def _quantize_rowwise_kernel(x_ptr, out_ptr, scale_ptr, row_size, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < row_size
     x = tl.load(x_ptr + row * row_size + columns, mask=mask, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x), 0) / 448.0, MIN_SCALE)
+    scale = row_scale(x)
     tl.store(out_ptr + row * row_size + columns, to_fp8(x, scale), mask=mask)
     tl.store(scale_ptr + row, scale)
 
@@ -79,17 +123,15 @@ def quantize_fp8_triton(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def quantize_fp8_rowwise_triton(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_fp8_rowwise_triton(x: torch.Tensor) -> Fp8Rows:
     """Launch ``quantize_fp8_rowwise`` as one Triton kernel, one program a row."""
     x = x.contiguous()
     rows, row_size = x.shape
     out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     block = power_of_two_at_least(row_size, 128)
-    _quantize_rowwise_kernel[(rows,)](
-        x, out, scale, row_size, MIN_SCALE=MIN_ROW_SCALE, BLOCK=block, num_warps=8
-    )
-    return out, scale
+    _quantize_rowwise_kernel[(rows,)](x, out, scale, row_size, BLOCK=block, num_warps=8)
+    return Fp8Rows(out, scale)
 
 
 AOT_SPECS = [
@@ -101,6 +143,6 @@ AOT_SPECS = [
     (
         _quantize_rowwise_kernel,
         {"x_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "row_size": "i32"},
-        {"MIN_SCALE": MIN_ROW_SCALE, "BLOCK": 8192},
+        {"BLOCK": 8192},
     ),
 ]

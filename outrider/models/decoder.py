@@ -52,7 +52,7 @@ class DecoderLayer:
         self, x: torch.Tensor, residual: torch.Tensor | None, batch: Batch, kv: KVCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``(x, residual)`` whose sum is the hidden state; ``residual`` None means that ``x`` alone is it."""
-        normed = self.input_norm(x, residual, self.attention.qkv.input_scale)
+        normed = self.input_norm.before(self.attention.qkv, x, residual)
         residual = x if residual is None else residual
         x = self.attention(normed, batch, kv)
         x = self.feed_forward.behind(self.post_norm, x, residual)

@@ -18,7 +18,8 @@ from outrider.kernels.activation import silu_mul
 from outrider.kernels.attention import paged_attention
 from outrider.kernels.embedding import embedding
 from outrider.kernels.gemm import MOST_FEW_ROWS
-from outrider.kernels.norm import Normed, rms_norm
+from outrider.kernels.norm import Normed, rms_norm, rms_norm_operand
+from outrider.kernels.quantize import Fp8Form, Fp8Rows, Operand
 from outrider.kernels.rope import RopeSpec, qkv_rope_store
 from outrider.kernels.rope_attention import rope_attention, rope_attention_takes
 from outrider.models.config import ModelConfig, RopeScaling
@@ -30,11 +31,6 @@ from outrider.quant.matrix import Matrix
 if TYPE_CHECKING:
     from outrider.runner.batch import Batch
     from outrider.runner.kv_cache import KVCache
-
-
-def operand(x: Normed) -> torch.Tensor:
-    """What a GEMM reads: the FP8 form where the norm made one."""
-    return x.y if x.y_fp8 is None else x.y_fp8
 
 
 def rope_frequencies(
@@ -60,17 +56,21 @@ def rope_frequencies(
 
 
 class RMSNorm:
-    """``x / rms(x) * weight``, optionally after adding to the residual and with an FP8 copy for the next GEMM."""
+    """``x / rms(x) * weight``, optionally after adding to the residual, in the form that the next product wants."""
 
     def __init__(self, builder: WeightBuilder, name: str, size: int, eps: float) -> None:
         self.weight = builder.param(f"{name}.weight", size)
         self.eps = eps
 
     def __call__(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, fp8_scale: torch.Tensor | None = None
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, form: Fp8Form | None = None
     ) -> Normed:
-        """``x[T, M]``; with ``residual`` (updated in place) the norm of their sum."""
-        return rms_norm(x, self.weight, self.eps, residual, fp8_scale)
+        """``x[T, M]``; with ``residual`` (updated in place) the norm of their sum, in ``form`` too."""
+        return rms_norm(x, self.weight, self.eps, residual, form)
+
+    def before(self, linear: Linear, x: torch.Tensor, residual: torch.Tensor | None) -> Operand:
+        """The same as ``linear`` wants it, for a norm that nothing else reads."""
+        return rms_norm_operand(x, self.weight, self.eps, residual, linear.input_form(x.shape[0]))
 
 
 class FeedForward(ABC):
@@ -78,21 +78,12 @@ class FeedForward(ABC):
 
     @property
     @abstractmethod
-    def input_scale(self) -> torch.Tensor | None:
-        """The FP8 scale that the norm before should apply."""
-
-    @property
-    @abstractmethod
     def kind(self) -> tuple[type, ...]:
         """Layers of equal kind launch the same kernels."""
 
     @abstractmethod
-    def __call__(self, x: Normed) -> torch.Tensor:
-        """``[T, M]``: this rank's share of the output."""
-
     def behind(self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """The output for ``norm(x + residual)``, both ``[T, M]``; the sum replaces ``residual``."""
-        return self(norm(x, residual, self.input_scale))
+        """``[T, M]``: this rank's share of the output for ``norm(x + residual)``; the sum replaces ``residual``."""
 
 
 class GatedMLP(FeedForward):
@@ -106,18 +97,18 @@ class GatedMLP(FeedForward):
         self.down = build_linear(builder, down, Columns(inter_size, start, length))
 
     @property
-    def input_scale(self) -> torch.Tensor | None:
-        """The FP8 scale that the norm before should apply."""
-        return self.gate_up.input_scale
-
-    @property
     def kind(self) -> tuple[type, ...]:
         """See ``FeedForward``."""
         return GatedMLP, type(self.gate_up), type(self.down)
 
-    def __call__(self, x: Normed) -> torch.Tensor:
+    def __call__(self, x: Operand) -> torch.Tensor:
         """``[T, M]``: this rank's share of the output."""
-        return self.down(silu_mul(self.gate_up(operand(x)), self.down.input_scale))
+        gate_up = self.gate_up(x)
+        return self.down(silu_mul(gate_up, self.down.input_form(gate_up.shape[0])))
+
+    def behind(self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """See ``FeedForward``."""
+        return self(norm.before(self.gate_up, x, residual))
 
 
 class Attention:
@@ -169,27 +160,30 @@ class Attention:
         """Layers of equal kind launch the same kernels."""
         return type(self.qkv), type(self.o), self.rope.inv_freq is not None
 
-    def __call__(self, x: Normed, batch: Batch, kv: KVCache) -> torch.Tensor:
-        """``[T, M]`` summed over the tensor group; stores this step's k and v."""
+    def __call__(self, x: Operand, batch: Batch, kv: KVCache) -> torch.Tensor:
+        """``[T, M]`` summed over the tensor group, of ``x`` as ``qkv`` wants it; stores this step's k and v."""
         shape = batch.attention
         group = kv.group_of(self.layer_id)
         k_cache, v_cache = kv.layer(self.layer_id)
-        qkv = self.qkv(operand(x))
+        qkv = self.qkv(x)
+        form = self.o.input_form(qkv.shape[0])
+        # A scale a row is the largest value of all heads, which no program of attention sees.
+        out_scale = None if form is None else form.scale
         slots, tables, lens = shape.slots[group], shape.block_tables[group], shape.seq_lens
         scales = self.k_scale, self.v_scale
         if rope_attention_takes(qkv, shape.num_decodes, shape.max_seq_len, self.chunk_size):
             out = rope_attention(
                 qkv, self.rope, k_cache, v_cache, slots, tables, lens, shape.max_seq_len,
-                self.sm_scale, self.chunk_size, *scales, self.o.input_scale,
+                self.sm_scale, self.chunk_size, *scales, out_scale,
             )  # fmt: skip
         else:
             q = qkv_rope_store(qkv, batch.positions, self.rope, k_cache, v_cache, slots, *scales)
             out = paged_attention(
                 q, k_cache, v_cache, tables, shape.query_start, lens, shape.num_decodes,
                 shape.max_query_len, shape.max_seq_len, self.sm_scale, self.chunk_size, *scales,
-                out_scale=self.o.input_scale,
+                out_scale=out_scale,
             )  # fmt: skip
-        return self.parallel.all_reduce(self.o(out))
+        return self.parallel.all_reduce(self.o(out if out_scale is None else Fp8Rows(out, out_scale)))
 
 
 def _projections(builder: WeightBuilder, config: ModelConfig, name: str) -> tuple[Linear, Linear, int, int]:

@@ -39,18 +39,13 @@ class MoE(FeedForward):
         )
 
     @property
-    def input_scale(self) -> torch.Tensor | None:
-        """The FP8 scale that the norm before should apply (the shared expert's)."""
-        return self.shared.input_scale
-
-    @property
     def kind(self) -> tuple[type, ...]:
         """See ``FeedForward``."""
         return MoE, type(self.experts), *self.shared.kind
 
     def __call__(self, x: Normed) -> torch.Tensor:
-        """``[T, M]``: this rank's share of the output."""
-        shared = run_beside(lambda: self.shared(x), x.y.device)
+        """``[T, M]``: this rank's share of the output; ``x.fp8`` is the shared expert's."""
+        shared = run_beside(lambda: self.shared(x.operand), x.y.device)
         expert_ids, scores = route_rows(x.y, self.router, self.top_k)
         return self.experts(x.y, expert_ids, scores).add_(shared())
 
@@ -58,4 +53,4 @@ class MoE(FeedForward):
         """See ``FeedForward``; for a few rows the norm is part of the layer's kernels."""
         if self.few_rows is not None and self.few_rows.takes(x):
             return self.few_rows(x, residual, norm.weight, norm.eps)
-        return super().behind(norm, x, residual)
+        return self(norm(x, residual, self.shared.gate_up.input_form(x.shape[0])))

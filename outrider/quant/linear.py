@@ -16,12 +16,13 @@ from outrider.kernels.gemm import fp8_linear
 from outrider.kernels.nvfp4 import (
     BLOCK_SIZE,
     Nvfp4Path,
+    fp8_rows_form,
     fp8_rows_linear,
     nvfp4_linear,
     nvfp4_path,
     nvfp4_to_fp8_rows,
 )
-from outrider.kernels.quantize import quantize_fp8
+from outrider.kernels.quantize import Fp8Form, Fp8Rows, Operand, quantize_fp8
 from outrider.kernels.w4a4 import DEPTH_MULTIPLE, Fp4Weight, w4a4_linear
 from outrider.quant.base import Format, WeightBuilder, check_depth
 from outrider.quant.matrix import Matrix
@@ -47,16 +48,13 @@ class Columns:
 
 
 class Linear(Protocol):
-    """``y[T, N] = x[T, K] @ weight[N, K].T``.
+    """``y[T, N] = x[T, K] @ weight[N, K].T``."""
 
-    ``x`` has the model dtype or, when ``input_scale`` (f32, one element) is not None, may already be
-    ``e4m3(x / input_scale)``, as fused norms and activations write it.
-    """
+    def input_form(self, num_rows: int) -> Fp8Form | None:
+        """The form that norms and activations may give ``num_rows`` rows of ``x``; None: the model dtype alone."""
 
-    input_scale: torch.Tensor | None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """The product in the model dtype."""
+    def __call__(self, x: Operand) -> torch.Tensor:
+        """The product in the model dtype, of ``x`` in the model dtype or in ``input_form``."""
 
 
 def build_linear(
@@ -70,16 +68,19 @@ def build_linear(
 class PlainLinear:
     """Weights in the model dtype."""
 
-    input_scale: torch.Tensor | None = None
-
     def __init__(self, builder: WeightBuilder, parts: tuple[Part, ...], cols: Columns, bias: bool) -> None:
         self.matrix = Matrix(builder.empty(_num_rows(parts), cols.length))
         self.bias = _add_bias(builder, parts, cols) if bias else None
         _add_matrix(builder, "weight", parts, self.matrix.weight, cols, pack=1)
         builder.after_load.append(self.matrix.prepare)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def input_form(self, num_rows: int) -> Fp8Form | None:
         """See ``Linear``."""
+        return None
+
+    def __call__(self, x: Operand) -> torch.Tensor:
+        """See ``Linear``."""
+        assert isinstance(x, torch.Tensor)
         y = self.matrix(x)
         return y if self.bias is None else y + self.bias
 
@@ -87,14 +88,12 @@ class PlainLinear:
 class Fp8Linear:
     """e4m3 weights with one scale per part (exact, never merged); activations e4m3 with a static scale."""
 
-    input_scale: torch.Tensor | None
-
     def __init__(self, builder: WeightBuilder, parts: tuple[Part, ...], cols: Columns, bias: bool) -> None:
         self.out_dtype = builder.dtype
         self.weight = builder.empty(_num_rows(parts), cols.length, dtype=torch.float8_e4m3fn)
         self.weight_scale = builder.empty(_num_rows(parts), dtype=torch.float32)
         self.product_scale = builder.empty(_num_rows(parts), dtype=torch.float32)
-        self.scale = self.input_scale = builder.empty(dtype=torch.float32)
+        self.scale = builder.empty(dtype=torch.float32)
         self.bias = _add_bias(builder, parts, cols) if bias else None
         _add_matrix(builder, "weight", parts, self.weight, cols, pack=1)
         part_scales = _add_scalars(builder, "weight_scale", parts)
@@ -109,11 +108,14 @@ class Fp8Linear:
 
         builder.after_load.append(finish)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def input_form(self, num_rows: int) -> Fp8Form | None:
         """See ``Linear``."""
-        if x.dtype != torch.float8_e4m3fn:
-            x = quantize_fp8(x, self.scale)
-        y = fp8_linear(x, self.weight, None, self.product_scale, self.out_dtype)
+        return Fp8Form(self.scale)
+
+    def __call__(self, x: Operand) -> torch.Tensor:
+        """See ``Linear``."""
+        codes = x.codes if isinstance(x, Fp8Rows) else quantize_fp8(x, self.scale)
+        y = fp8_linear(codes, self.weight, None, self.product_scale, self.out_dtype)
         return y if self.bias is None else y + self.bias
 
 
@@ -124,10 +126,9 @@ class Nvfp4Linear:
     on a GPU with FP8 but no FP4 tensor cores the loaded weights become e4m3 rows.
     """
 
-    input_scale: torch.Tensor | None = None
-
     def __init__(self, builder: WeightBuilder, parts: tuple[Part, ...], cols: Columns, bias: bool) -> None:
         num_rows = _num_rows(parts)
+        self.out_dtype = builder.dtype
         self.packed = builder.empty(num_rows, cols.length // 2, dtype=torch.uint8)
         self.block_scale = builder.empty(num_rows, cols.length // BLOCK_SIZE, dtype=torch.float8_e4m3fn)
         self.bias = _add_bias(builder, parts, cols) if bias else None
@@ -160,11 +161,16 @@ class Nvfp4Linear:
         self.gemms.clear()
         del self.packed, self.block_scale
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def input_form(self, num_rows: int) -> Fp8Form | None:
+        """See ``Linear``."""
+        return None if self.fp8_rows is None else fp8_rows_form(num_rows, self.fp8_rows[0])
+
+    def __call__(self, x: Operand) -> torch.Tensor:
         """See ``Linear``."""
         if self.fp8_rows is not None:
-            y = fp8_rows_linear(x, *self.fp8_rows)
+            y = fp8_rows_linear(x, *self.fp8_rows, self.out_dtype)
             return y if self.bias is None else y + self.bias
+        assert isinstance(x, torch.Tensor)
         if self.fp4:
             outs = [w4a4_linear(x, weight) for weight in self.fp4]
         else:

@@ -11,7 +11,7 @@ from outrider.kernels.gemv import GemvTile
 from outrider.kernels.moe import route_reference
 from outrider.kernels.moe_gemm import Tile
 from outrider.kernels.norm import rms_norm_reference
-from outrider.kernels.quantize import quantize_fp8_reference
+from outrider.kernels.quantize import Fp8Form, quantize_fp8_reference
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -88,11 +88,11 @@ def test_a_row_of_several_tiles_is_routed_as_by_the_reference():
     norm = moe_few.NormWeights(torch.randn(2304, device=DEVICE).to(WIDE), 1e-5)
     x, residual = torch.randn(2, 5, 2304, device=DEVICE).to(WIDE).unbind()
     summed = residual.clone()
-    y = rms_norm_reference(x, norm.weight, norm.eps, summed, shared.input_scale)
+    y = rms_norm_reference(x, norm.weight, norm.eps, summed, Fp8Form(shared.input_scale))
     ids, scores = route_reference(torch.nn.functional.linear(y.y, router), 1)
     rows = moe_few.norm_route_triton(x, residual, norm, router, routed, shared)
     assert torch.equal(residual, summed)
     assert torch.equal(rows.expert_ids.long(), ids[:, 0].long())
-    same = (rows.x[16:21].float() == y.y_fp8.float()).float().mean()
+    same = (rows.x[16:21].float() == y.fp8.codes.float()).float().mean()
     scaled = quantize_fp8_reference((y.y.float() * scores.float()).to(WIDE), routed.a13_scale)
     assert same > 0.99 and (rows.x[:5].float() == scaled.float()).float().mean() > 0.98

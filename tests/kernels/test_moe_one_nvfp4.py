@@ -145,9 +145,11 @@ def test_a_lone_row_is_not_rounded(monkeypatch):
     weight, scale = torch.randn(70, 512, device=DEVICE).to(torch.float8_e4m3fn), torch.rand(70, device=DEVICE)
     x = torch.randn(2, 512, device=DEVICE).to(WIDE)
     exact = x.double() @ weight.double().T * scale.double()
-    rounded = nvfp4.fp8_rows_linear(x, weight, scale)
+    rounded = nvfp4.fp8_rows_linear(x, weight, scale, WIDE)
+    assert nvfp4.fp8_rows_form(2, weight) is not None
     monkeypatch.setattr(gemm, "on_gpu", lambda _: True)  # the interpreter runs the kernel
-    assert error(nvfp4.fp8_rows_linear(x[:1], weight, scale), exact[:1]) < (4e-3 if GPU else 1e-6)
+    assert nvfp4.fp8_rows_form(1, weight) is None
+    assert error(nvfp4.fp8_rows_linear(x[:1], weight, scale, WIDE), exact[:1]) < (4e-3 if GPU else 1e-6)
     assert 1e-2 < error(rounded, exact) < 5e-2
 
 

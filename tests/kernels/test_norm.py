@@ -6,9 +6,16 @@ import exact_casts  # noqa: F401
 import pytest
 import torch
 
-from outrider.kernels.norm import rms_norm_reference, rms_norm_triton
+from outrider.kernels.norm import (
+    _fp8_rows_triton,
+    rms_norm_operand,
+    rms_norm_reference,
+    rms_norm_triton,
+)
+from outrider.kernels.quantize import Fp8Form, quantize_fp8_rowwise_reference, quantize_fp8_rowwise_triton
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
 PATHS = [rms_norm_reference, rms_norm_triton]
 
 
@@ -28,7 +35,7 @@ def test_norm_of_the_residual_sum(op, dtype, rows, cols):
     exact = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-2) * weight.double()
     out = op(x, weight, 1e-2, residual)
     assert torch.equal(residual, total)
-    assert out.y_fp8 is None
+    assert out.fp8 is None and out.operand is out.y
     assert error(out.y, exact) < (1e-6 if dtype == torch.float32 else 5e-3)
 
 
@@ -49,11 +56,48 @@ def test_fp8_output_is_scaled_and_clamped(op):
     x = torch.randn(3, 257, dtype=torch.bfloat16, device=DEVICE)
     weight = torch.full((257,), 2.0, dtype=torch.bfloat16, device=DEVICE)
     scale = torch.tensor(0.01, device=DEVICE)
-    y, y_fp8 = op(x, weight, 1e-5, None, scale)
+    y, (codes, code_scale) = op(x, weight, 1e-5, None, Fp8Form(scale))
+    assert code_scale is scale
     exact = (y.double() / 0.01).clamp(-448, 448)
     assert float(exact.abs().max()) == 448
-    assert y_fp8.dtype == torch.float8_e4m3fn
-    assert torch.allclose(y_fp8.double(), exact, rtol=2**-4 * 1.2, atol=2**-9)
+    assert codes.dtype == torch.float8_e4m3fn
+    assert torch.allclose(codes.double(), exact, rtol=2**-4 * 1.2, atol=2**-9)
+
+
+@pytest.mark.parametrize(
+    ("op", "quantize"),
+    [
+        (rms_norm_reference, quantize_fp8_rowwise_reference),
+        (rms_norm_triton, quantize_fp8_rowwise_triton),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 576), (5, 130), (3, 1100)])
+def test_a_scale_a_row_is_that_of_the_rounded_norm(op, quantize, dtype, rows, cols):
+    """Guards: the scale of the row before its weight or its rounding; bits other than of norm, then quantisation."""
+    x, residual = (torch.randn(rows, cols, dtype=dtype, device=DEVICE) for _ in range(2))
+    x[0] = residual[0] = 0
+    weight = torch.randn(cols, dtype=dtype, device=DEVICE)
+    plain, again = residual.clone(), residual.clone()
+    y = op(x, weight, 1e-5, plain).y
+    out = op(x, weight, 1e-5, again, Fp8Form())
+    expected = quantize(y)
+    assert torch.equal(again, plain) and torch.equal(out.y, y) and out.operand is out.fp8
+    assert torch.equal(out.fp8.codes.float(), expected.codes.float())
+    assert torch.equal(out.fp8.scale, expected.scale)
+
+
+@pytest.mark.parametrize("form", [Fp8Form(), Fp8Form(torch.tensor(0.03, device=DEVICE))])
+def test_the_next_products_operand_alone(form):
+    """Guards: codes that depend on whether the norm is written in the model dtype too; a residual left as it was."""
+    x, residual = torch.randn(2, 3, 257, device=DEVICE).unbind()
+    weight = torch.randn(257, device=DEVICE)
+    both, alone = residual.clone(), residual.clone()
+    expected = rms_norm_triton(x, weight, 1e-5, both, form).fp8
+    out = _fp8_rows_triton(x, weight, 1e-5, alone, form, None)
+    assert torch.equal(alone, both)
+    assert torch.equal(out.codes.float(), expected.codes.float()) and torch.equal(out.scale, expected.scale)
+    assert torch.equal(rms_norm_operand(x, weight, 1e-5), rms_norm_reference(x, weight, 1e-5).y) or GPU
 
 
 @pytest.mark.parametrize("op", PATHS)

@@ -132,7 +132,7 @@ def test_dense_rows_are_nearer_than_four_bit_activations():
     packed, scale, _ = random_weights(48, 1024)
     global_scale = torch.cat([torch.full((16,), 0.003), torch.full((32,), 0.001)]).to(DEVICE)
     x = torch.randn(6, 1024, device=DEVICE, dtype=WIDE)
-    out = nvfp4.fp8_rows_linear(x, *nvfp4.nvfp4_to_fp8_rows(packed, scale, global_scale))
+    out = nvfp4.fp8_rows_linear(x, *nvfp4.nvfp4_to_fp8_rows(packed, scale, global_scale), WIDE)
     exact = x.double() @ (decode_slowly(packed, scale, ONE) * global_scale.double()[:, None]).T
     assert error(out, exact) < 0.05
 

@@ -1,0 +1,48 @@
+"""Norms and activations that write what the next product reads: the same bits as products that do it themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from outrider.kernels.nvfp4 import Nvfp4Path
+from outrider.kernels.quantize import Fp8Rows
+from outrider.quant import linear
+from outrider.quant.experts import ExpertShape
+from outrider.quant.linear import Fp8Linear, Nvfp4Linear
+from tests.models.paged_driver import PagedDriver
+from tests.models.references import References
+
+
+@pytest.mark.parametrize(("folder", "layer", "in_form"), [("nvfp4", Nvfp4Linear, 0.75), ("fp8", Fp8Linear, 1.0)])
+def test_forms_change_no_bit(
+    references: References, monkeypatch: pytest.MonkeyPatch, folder: str, layer: type, in_form: float
+) -> None:
+    """Guards the wiring: another product's scale, rows that a product does not want, or a form that nobody makes.
+
+    NVFP4 as on Hopper, where dense layers are e4m3 rows; attention alone, which sees no whole row, leaves that to o.
+    """
+    monkeypatch.setattr(linear, "nvfp4_path", lambda _: Nvfp4Path.FP8)
+    model = references.model(folder, torch.float32)
+    handed_over: list[bool] = []
+    product = layer.__call__
+
+    def watched(self: object, x: object) -> torch.Tensor:
+        handed_over.append(isinstance(x, Fp8Rows))
+        return product(self, x)
+
+    monkeypatch.setattr(layer, "__call__", watched)
+    expected = PagedDriver(model).prefill(references.prompts[4], 70)
+    assert sum(handed_over) == in_form * len(handed_over) > 0
+    handed_over.clear()
+    monkeypatch.setattr(layer, "input_form", lambda *_: None)
+    out = PagedDriver(model).prefill(references.prompts[4], 70)
+    assert handed_over and not any(handed_over)
+    assert bool(out.isfinite().all()) and torch.equal(out, expected)
+
+
+def test_who_may_leave_rows_to_other_ranks() -> None:
+    """Guards: rows zeroed for nobody, or left as memory was where another rank's expert was chosen."""
+    assert ExpertShape(4, (0, 4), 64, 64, (0, 64)).some_experts is None
+    assert ExpertShape(4, (0, 2), 64, 64, (0, 64)).some_experts == (0, 2)
+    assert ExpertShape(4, (2, 2), 64, 64, (0, 64)).some_experts == (2, 2)
