@@ -19,11 +19,11 @@ from outrider.kernels.quantize import row_scale, to_fp8
 ROW_PADDING = 256
 """Spare rows behind every expert-sorted buffer, so that a tile may load past the last row."""
 
-MOST_PROGRAMS = 2048
-"""Rows up to which the gather has a program for each: enough to fill any GPU. Each reads all expert ids."""
+LONE_ROWS = 2048
+"""Rows up to which the gather has a program for each; above it has half as many programs: each reads all expert ids."""
 
 MOST_SCANNED = 2048
-"""Expert ids that a program of the gather counts at a time."""
+"""Expert ids that a program of the gather counts at a time for one or two rows; for more, fewer."""
 
 PLAIN, STATIC_FP8, DYNAMIC_FP8, STREAM_FP8 = 0, 1, 2, 3
 """What the gathered rows become: the model dtype, e4m3 with a given scale, e4m3 with a scale a row, and that with
@@ -68,10 +68,10 @@ def _route_kernel(
 
 
 @triton.jit
-def _local_expert(ids_ptr, rows, num_rows, first_expert, num_experts, FOREIGN: tl.constexpr):
-    """The local experts of flat choices ``rows``; ``FOREIGN`` for another rank's and behind the last choice."""
+def _local_experts(ids_ptr, rows, num_rows, first_expert, num_experts):
+    """The local experts of flat choices ``rows``; ``num_experts`` for another rank's and behind the last choice."""
     expert = tl.load(ids_ptr + rows, mask=rows < num_rows, other=-1) - first_expert
-    return tl.where((rows < num_rows) & (expert >= 0) & (expert < num_experts), expert, FOREIGN)
+    return tl.where((expert >= 0) & (expert < num_experts), expert, num_experts)
 
 
 @triton.jit
@@ -82,20 +82,45 @@ def _store_offsets(
     total = tl.zeros((BINS,), tl.int32)
     for start in range(0, num_rows, SCAN):
         rows = start + tl.arange(0, SCAN)
-        expert = _local_expert(ids_ptr, rows, num_rows, first_expert, num_experts, BINS - 1)
-        total += tl.histogram(expert, BINS)
+        total += tl.histogram(_local_experts(ids_ptr, rows, num_rows, first_expert, num_experts), BINS)
     tl.store(offsets_ptr + bins, tl.cumsum(total, 0) - total, mask=bins <= num_experts)
 
 
 @triton.jit
-def _find_slot(ids_ptr, row, expert, num_rows, first_expert, num_experts, SCAN: tl.constexpr):
-    """Where row ``row`` of local expert ``expert`` goes: behind all rows of lower experts and its expert's earlier."""
-    before = tl.zeros((SCAN,), tl.int32)
+def _find_slots(
+    ids_ptr, first_row, num_rows, first_expert, num_experts, ROWS: tl.constexpr, SCAN: tl.constexpr
+):
+    """Where ``ROWS`` rows go, [ROWS]: each behind the rows of lower experts and the earlier ones of its own."""
+    rows = first_row + tl.arange(0, ROWS)
+    keys = _local_experts(ids_ptr, rows, num_rows, first_expert, num_experts) * num_rows + rows
+    before = tl.zeros((ROWS, SCAN), tl.int32)
     for start in range(0, num_rows, SCAN):
-        rows = start + tl.arange(0, SCAN)
-        other = _local_expert(ids_ptr, rows, num_rows, first_expert, num_experts, 2147483647)
-        before += ((other < expert) | ((other == expert) & (rows < row))).to(tl.int32)
-    return tl.sum(before, 0).to(tl.int64)
+        others = start + tl.arange(0, SCAN)
+        other_keys = _local_experts(ids_ptr, others, num_rows, first_expert, num_experts) * num_rows + others
+        before += (other_keys[None, :] < keys[:, None]).to(tl.int32)
+    return tl.sum(before, 1)
+
+
+@triton.jit
+def _load_row(
+    x_ptr,
+    ids_ptr,
+    scores_ptr,
+    row,
+    end,
+    row_size,
+    first_expert,
+    num_experts,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Input [BLOCK], score and local expert of a flat choice; -1, and no input read, where that is not here."""
+    expert = tl.load(ids_ptr + tl.minimum(row, end - 1)) - first_expert
+    expert = tl.where((row < end) & (expert >= 0) & (expert < num_experts), expert, -1)
+    columns = tl.arange(0, BLOCK)
+    size = tl.where(expert >= 0, row_size, 0)
+    x = tl.load(x_ptr + (row // TOP_K) * row_size.to(tl.int64) + columns, mask=columns < size, other=0.0)
+    return x, tl.load(scores_ptr + tl.minimum(row, end - 1)), expert
 
 
 @triton.jit(do_not_specialize=("num_rows", "first_expert"))
@@ -124,15 +149,17 @@ def _gather_kernel(
         _store_offsets(ids_ptr, offsets_ptr, num_rows, first_expert, num_experts, BINS, SCAN)
         return
     first_row = (tl.program_id(0) - 1) * ROWS
+    end = tl.minimum(first_row + ROWS, num_rows)
     columns = tl.arange(0, BLOCK)
     mask = columns < row_size
-    for row in range(first_row, tl.minimum(first_row + ROWS, num_rows)):
-        expert = tl.load(ids_ptr + row) - first_expert
-        if (expert >= 0) & (expert < num_experts):
-            # The row is on its way from memory while its place is counted.
-            x = tl.load(x_ptr + (row // TOP_K) * row_size.to(tl.int64) + columns, mask=mask, other=0.0)
-            score = tl.load(scores_ptr + row)
-            slot = _find_slot(ids_ptr, row, expert, num_rows, first_expert, num_experts, SCAN)
+    # A program's first row is on its way from memory while its places are counted.
+    x, score, expert = _load_row(
+        x_ptr, ids_ptr, scores_ptr, first_row, end, row_size, first_expert, num_experts, TOP_K, BLOCK
+    )
+    slots = _find_slots(ids_ptr, first_row, num_rows, first_expert, num_experts, ROWS, SCAN)
+    for row in range(first_row, end):
+        if expert >= 0:
+            slot = tl.sum(tl.where(tl.arange(0, ROWS) == row - first_row, slots, 0), 0).to(tl.int64)
             tl.store(index_ptr + slot, row)
             # The model rounds the scaled input before anything else sees it.
             scaled = (x.to(tl.float32) * score).to(x.dtype)
@@ -149,6 +176,10 @@ def _gather_kernel(
                 if MODE == 3:
                     codes = to_stream_order(codes)
                 tl.store(sorted_ptr + slot * row_size + columns, codes, mask=mask)
+        if ROWS > 1:
+            x, score, expert = _load_row(
+                x_ptr, ids_ptr, scores_ptr, row + 1, end, row_size, first_expert, num_experts, TOP_K, BLOCK
+            )
 
 
 def route_triton(router_logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,12 +221,11 @@ def gather_rows_triton(
     gathered = torch.empty((capacity, row_size), dtype=dtype, device=x.device)
     index = torch.empty(num_rows, dtype=torch.int32, device=x.device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=x.device)
-    row_scale = (
-        torch.empty(capacity, dtype=torch.float32, device=x.device)
-        if mode in (DYNAMIC_FP8, STREAM_FP8)
-        else None
-    )
-    rows = power_of_two_at_least(ceil_div(num_rows, MOST_PROGRAMS), 1)
+    scale = in_scale
+    if mode in (DYNAMIC_FP8, STREAM_FP8):
+        scale = torch.empty(capacity, dtype=torch.float32, device=x.device)
+    rows = 1 if num_rows <= LONE_ROWS else power_of_two_at_least(ceil_div(2 * num_rows, LONE_ROWS), 1)
+    scan = min(MOST_SCANNED // max(1, rows // 2), power_of_two_at_least(num_rows, 128))
     _gather_kernel[(1 + ceil_div(num_rows, rows),)](
         x,
         expert_ids,
@@ -204,7 +234,7 @@ def gather_rows_triton(
         gathered,
         index,
         offsets,
-        row_scale,
+        scale,
         num_rows,
         row_size,
         first_expert,
@@ -213,13 +243,11 @@ def gather_rows_triton(
         MODE=mode,
         ROWS=rows,
         BINS=power_of_two_at_least(num_experts + 1, 16),
-        SCAN=min(MOST_SCANNED, power_of_two_at_least(num_rows, 128)),
+        SCAN=scan,
         BLOCK=power_of_two_at_least(row_size, 512 if mode == STREAM_FP8 else 128),
         num_warps=8,
     )
-    return SortedRows(
-        gathered, index, offsets, row_scale if mode in (DYNAMIC_FP8, STREAM_FP8) else in_scale, num_rows
-    )
+    return SortedRows(gathered, index, offsets, scale, num_rows)
 
 
 _GATHER_SIGNATURE = {

@@ -65,12 +65,12 @@ def test_route(op, tokens, experts, top_k):
 
 @pytest.mark.parametrize("mode", [PLAIN, STATIC_FP8, DYNAMIC_FP8, STREAM_FP8])
 @pytest.mark.parametrize(
-    ("tokens", "top_k", "programs", "scanned"), [(1, 1, 64, 64), (41, 1, 64, 16), (23, 2, 10, 32)]
+    ("tokens", "top_k", "lone_rows", "scanned"), [(1, 1, 64, 64), (41, 1, 64, 16), (23, 2, 22, 32)]
 )
-def test_gather_sorts_rows_by_expert(monkeypatch, mode, tokens, top_k, programs, scanned):
+def test_gather_sorts_rows_by_expert(monkeypatch, mode, tokens, top_k, lone_rows, scanned):
     """Guards: an unstable or wrong sort, also where ids are counted in parts and a program takes several rows; foreign
     experts' rows; the score missing or applied after quantising; the wrong order for repacked weights."""
-    monkeypatch.setattr(moe_dispatch, "MOST_PROGRAMS", programs)
+    monkeypatch.setattr(moe_dispatch, "LONE_ROWS", lone_rows)
     monkeypatch.setattr(moe_dispatch, "MOST_SCANNED", scanned)
     x = randn(tokens, 1536 if mode == STREAM_FP8 else 72)
     ids, scores = moe.route_reference(randn(tokens, 6), top_k)
