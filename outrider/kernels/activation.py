@@ -79,8 +79,10 @@ def silu_mul_triton(gate_up: torch.Tensor, form: Fp8Form | None = None) -> Opera
     out = torch.empty(shape, dtype=gate_up.dtype, device=device) if fp8 is None else fp8.codes
     per_row = form is not None and form.scale is None
     block = power_of_two_at_least(num_cols, 32)
+    num_warps = max(1, min(16, block // 512))
     if not per_row:
         block = min(2048, block)
+        num_warps = max(1, block // 256)
     if num_rows:
         _silu_mul_kernel[(num_rows, ceil_div(num_cols, block))](
             gate_up,
@@ -91,7 +93,7 @@ def silu_mul_triton(gate_up: torch.Tensor, form: Fp8Form | None = None) -> Opera
             HAS_FP8=fp8 is not None,
             PER_ROW=per_row,
             BLOCK=block,
-            num_warps=max(1, min(8, block // 256)),
+            num_warps=num_warps,
         )
     return out if fp8 is None else fp8
 
@@ -105,5 +107,5 @@ _SIGNATURE = {
 }
 AOT_SPECS = [
     (_silu_mul_kernel, _SIGNATURE, {"HAS_FP8": True, "PER_ROW": False, "BLOCK": 2048}),
-    (_silu_mul_kernel, _SIGNATURE, {"HAS_FP8": True, "PER_ROW": True, "BLOCK": 8192}, {"num_warps": 8}),
+    (_silu_mul_kernel, _SIGNATURE, {"HAS_FP8": True, "PER_ROW": True, "BLOCK": 8192}, {"num_warps": 16}),
 ]

@@ -5,6 +5,10 @@ keys: that one is part of ``rope``. Rounding follows the reference implementatio
 transformers: the normalised value is cast to the model dtype *before* it is multiplied by the weight.
 """
 
+# Triton 3.6 compiles tuples of tiles that grow by +, not by *; mypy cannot type either.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, var-annotated"
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -14,13 +18,14 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from outrider.kernels._dispatch import on_gpu, power_of_two_at_least
+from outrider.kernels._dispatch import ceil_div, on_gpu, power_of_two_at_least
 from outrider.kernels.overlap import overlap_options, wait_for_inputs
 from outrider.kernels.quantize import (
     Fp8Form,
     Fp8Rows,
     Operand,
     empty_rows,
+    load_tiles,
     quantize_rows_reference,
     row_scale,
     to_fp8,
@@ -39,8 +44,29 @@ class Normed(NamedTuple):
         return self.y if self.fp8 is None else self.fp8
 
 
+class LazySum(NamedTuple):
+    """``a + b``, both ``[T, M]`` in the model dtype, to which it is rounded: made by the norm that reads it."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """``(T, M)``."""
+        return self.a.shape
+
+
+Addend = torch.Tensor | LazySum
+"""What a part of a layer adds to the residual."""
+
+
+def summed(x: Addend) -> torch.Tensor:
+    """``x`` as one tensor."""
+    return x.a + x.b if isinstance(x, LazySum) else x
+
+
 def rms_norm(
-    x: torch.Tensor,
+    x: Addend,
     weight: torch.Tensor,
     eps: float,
     residual: torch.Tensor | None = None,
@@ -51,31 +77,32 @@ def rms_norm(
     ``weight [M]`` has the model dtype, in which the result is rounded before it takes ``form`` too. Arithmetic is
     float32 inside; the residual sum is rounded to the model dtype.
     """
-    op = rms_norm_triton if on_gpu(x) else rms_norm_reference
+    op = rms_norm_triton if on_gpu(weight) else rms_norm_reference
     return op(x, weight, eps, residual, form)
 
 
 def rms_norm_operand(
-    x: torch.Tensor,
+    x: Addend,
     weight: torch.Tensor,
     eps: float,
     residual: torch.Tensor | None = None,
     form: Fp8Form | None = None,
 ) -> Operand:
     """``rms_norm(...).operand``, for a norm that is read by that product alone: nothing else is written."""
-    if on_gpu(x) and form is not None:
-        return _fp8_rows_triton(x, weight, eps, residual, form, None)
+    if on_gpu(weight) and form is not None:
+        return rms_norm_fp8_triton(x, weight, eps, residual, form)
     return rms_norm(x, weight, eps, residual, form).operand
 
 
 def rms_norm_reference(
-    x: torch.Tensor,
+    x: Addend,
     weight: torch.Tensor,
     eps: float,
     residual: torch.Tensor | None = None,
     form: Fp8Form | None = None,
 ) -> Normed:
     """The contract of ``rms_norm`` in plain torch: the CPU path and the test oracle."""
+    x = summed(x)
     if residual is not None:
         x = residual.add_(x)
     if x.dtype == torch.float32:
@@ -88,132 +115,177 @@ def rms_norm_reference(
 @triton.jit
 def _rms_norm_kernel(
     x_ptr,
+    second_ptr,
     weight_ptr,
     residual_ptr,
     y_ptr,
     fp8_ptr,
     scale_ptr,
     x_stride,
+    second_stride,
     residual_stride,
     num_cols,
     eps,
+    IS_SUM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_Y: tl.constexpr,
     HAS_FP8: tl.constexpr,
     PER_ROW: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One program normalises one row held whole in registers."""
+    """One program normalises one row held whole in registers: everything is loaded before anything is written."""
     row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)
-    mask = cols < num_cols
-    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
+    # Loaded late they leave registers to more programs, which helps where more is written than the norm.
+    WEIGHTS_FIRST: tl.constexpr = OVERLAP or not HAS_FP8
+    if WEIGHTS_FIRST:
+        weights = load_tiles(weight_ptr, num_cols, TILES, BLOCK)
     if HAS_FP8 and not PER_ROW:
         scale = tl.load(scale_ptr)
     wait_for_inputs(OVERLAP)
-    x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
+    rows = load_tiles(x_ptr + row * x_stride, num_cols, TILES, BLOCK)
+    if IS_SUM:
+        seconds = load_tiles(second_ptr + row * second_stride, num_cols, TILES, BLOCK)
     if HAS_RESIDUAL:
-        old = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0)
-        x = (x.to(tl.float32) + old.to(tl.float32)).to(x.dtype)
-        tl.store(residual_ptr + row * residual_stride + cols, x, mask=mask)
-    wide = x.to(tl.float32)
-    inv_rms = tl.rsqrt(tl.sum(wide * wide, axis=0) / num_cols + eps)
-    y = ((wide * inv_rms).to(x.dtype).to(tl.float32) * weight.to(tl.float32)).to(x.dtype)
-    if HAS_Y:
-        tl.store(y_ptr + row * num_cols + cols, y, mask=mask)
-    if HAS_FP8:
-        y = y.to(tl.float32)
+        residuals = load_tiles(residual_ptr + row * residual_stride, num_cols, TILES, BLOCK)
+    sums = ()
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.static_range(TILES):
+        cols = i * BLOCK + tl.arange(0, BLOCK)
+        x = rows[i]
+        if IS_SUM:
+            x = (x.to(tl.float32) + seconds[i].to(tl.float32)).to(x.dtype)
+        if HAS_RESIDUAL:
+            x = (x.to(tl.float32) + residuals[i].to(tl.float32)).to(x.dtype)
+            tl.store(residual_ptr + row * residual_stride + cols, x, mask=cols < num_cols)
+        wide = x.to(tl.float32)
+        squares += wide * wide
+        sums = sums + (x,)
+    inv_rms = tl.rsqrt(tl.sum(squares, axis=0) / num_cols + eps)
+    if not WEIGHTS_FIRST:
+        weights = load_tiles(weight_ptr, num_cols, TILES, BLOCK)
+    normed = ()
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.static_range(TILES):
+        cols = i * BLOCK + tl.arange(0, BLOCK)
+        x = sums[i]
+        y = ((x.to(tl.float32) * inv_rms).to(x.dtype).to(tl.float32) * weights[i].to(tl.float32)).to(x.dtype)
+        if HAS_Y:
+            tl.store(y_ptr + row * num_cols + cols, y, mask=cols < num_cols)
         if PER_ROW:
-            scale = row_scale(y)
-            tl.store(scale_ptr + row, scale)
-        tl.store(fp8_ptr + row * num_cols + cols, to_fp8(y, scale), mask=mask)
+            largest = tl.maximum(largest, tl.abs(y.to(tl.float32)))
+        normed = normed + (y,)
+    if PER_ROW:
+        scale = row_scale(largest)
+        tl.store(scale_ptr + row, scale)
+    if HAS_FP8:
+        for i in tl.static_range(TILES):
+            cols = i * BLOCK + tl.arange(0, BLOCK)
+            codes = to_fp8(normed[i].to(tl.float32), scale)
+            tl.store(fp8_ptr + row * num_cols + cols, codes, mask=cols < num_cols)
 
 
 def rms_norm_triton(
-    x: torch.Tensor,
+    x: Addend,
     weight: torch.Tensor,
     eps: float,
     residual: torch.Tensor | None = None,
     form: Fp8Form | None = None,
 ) -> Normed:
     """Launch one program a row; see ``rms_norm``."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if form is not None:
-        return Normed(y, _fp8_rows_triton(x, weight, eps, residual, form, y))
-    _launch(x, weight, eps, residual, y, None, per_row=False)
-    return Normed(y, None)
+    y = torch.empty(x.shape, dtype=weight.dtype, device=weight.device)
+    return Normed(y, _launch(x, weight, eps, residual, form, y))
 
 
-def _fp8_rows_triton(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    residual: torch.Tensor | None,
-    form: Fp8Form,
-    y: torch.Tensor | None,
+def rms_norm_fp8_triton(
+    x: Addend, weight: torch.Tensor, eps: float, residual: torch.Tensor | None, form: Fp8Form
 ) -> Fp8Rows:
-    """The norm in ``form``, and in ``y`` in the model dtype too unless that is None."""
-    fp8 = empty_rows(x.shape, x.device, form)
-    _launch(x, weight, eps, residual, y, fp8, per_row=form.scale is None)
+    """The same in ``form`` alone."""
+    fp8 = _launch(x, weight, eps, residual, form, None)
+    assert fp8 is not None
     return fp8
 
 
 def _launch(
-    x: torch.Tensor,
+    x: Addend,
     weight: torch.Tensor,
     eps: float,
     residual: torch.Tensor | None,
+    form: Fp8Form | None,
     y: torch.Tensor | None,
-    fp8: Fp8Rows | None,
-    per_row: bool,
-) -> None:
+) -> Fp8Rows | None:
+    """Write ``y``, if there is one, and rows in ``form``, if there is one: those are returned."""
+    x, second = x if isinstance(x, LazySum) else (x, None)
     num_rows, num_cols = x.shape
+    fp8 = None if form is None else empty_rows(x.shape, x.device, form)
     if num_rows == 0:
-        return
+        return fp8
     codes, scale = fp8 or (None, None)
-    block = power_of_two_at_least(num_cols, 32)
+    per_row = form is not None and form.scale is None
+    block, num_warps = _tile(num_cols, per_row)
     _rms_norm_kernel[(num_rows,)](
         x,
+        second,
         weight,
         residual,
         y,
         codes,
         scale,
         x.stride(0),
+        0 if second is None else second.stride(0),
         0 if residual is None else residual.stride(0),
         num_cols,
         eps,
+        IS_SUM=second is not None,
         HAS_RESIDUAL=residual is not None,
         HAS_Y=y is not None,
         HAS_FP8=fp8 is not None,
         PER_ROW=per_row,
+        TILES=ceil_div(num_cols, block),
         BLOCK=block,
-        num_warps=_num_warps(block),
+        num_warps=num_warps,
         **overlap_options(x.device, num_rows),
     )
+    return fp8
 
 
-def _num_warps(block: int) -> int:
-    """Eight elements a thread and load, between one and sixteen warps."""
-    return max(1, min(16, block // 512))
+def _tile(num_cols: int, per_row: bool) -> tuple[int, int]:
+    """Columns of a tile and warps: the whole row, or with a scale a row parts of it, which waste no threads.
+
+    They decide in which order squares are added up: each form has one tile for steps of any size.
+    """
+    block = power_of_two_at_least(num_cols, 32)
+    if per_row:
+        block = min(block, 1024)
+        return block, max(1, block // 256)
+    return block, max(1, min(16, block // 512))
 
 
 _ROW = {
     "x_ptr": "*bf16",
+    "second_ptr": "*bf16",
     "weight_ptr": "*bf16",
     "residual_ptr": "*bf16",
     "y_ptr": "*bf16",
     "fp8_ptr": "*fp8e4nv",
     "scale_ptr": "*fp32",
 }
-_SIZES = {"x_stride": "i32", "residual_stride": "i32", "num_cols": "i32", "eps": "fp32"}
-_CONSTANTS = {"HAS_RESIDUAL": True, "HAS_FP8": True, "BLOCK": 8192}
-AOT_SPECS = [
-    (
-        _rms_norm_kernel,
-        _ROW | _SIZES,
-        {**_CONSTANTS, "HAS_Y": has_y, "PER_ROW": per_row, "OVERLAP": not per_row},
-    )
-    for has_y, per_row in ((True, True), (True, False), (False, True))
-]
+_SIZES = {
+    "x_stride": "i32",
+    "second_stride": "i32",
+    "residual_stride": "i32",
+    "num_cols": "i32",
+    "eps": "fp32",
+}
+_FLAGS = {"IS_SUM": True, "HAS_RESIDUAL": True, "HAS_FP8": True}
+
+
+def _aot_spec(has_y: bool, per_row: bool, overlap: bool):
+    block, num_warps = _tile(5120, per_row)
+    tile = {"TILES": ceil_div(5120, block), "BLOCK": block, "OVERLAP": overlap}
+    constants = _FLAGS | tile | {"HAS_Y": has_y, "PER_ROW": per_row}
+    return _rms_norm_kernel, _ROW | _SIZES, constants, {"num_warps": num_warps}
+
+
+AOT_SPECS = [_aot_spec(True, True, False), _aot_spec(False, True, True), _aot_spec(True, False, True)]

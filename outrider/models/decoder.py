@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from outrider.kernels.norm import Addend, summed
 from outrider.models.config import ModelConfig
 from outrider.models.layers import (
     Attention,
@@ -49,14 +50,15 @@ class DecoderLayer:
         self.feed_forward = feed_forward
 
     def __call__(
-        self, x: torch.Tensor, residual: torch.Tensor | None, batch: Batch, kv: KVCache
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, x: Addend, residual: torch.Tensor | None, batch: Batch, kv: KVCache
+    ) -> tuple[Addend, torch.Tensor]:
         """``(x, residual)`` whose sum is the hidden state; ``residual`` None means that ``x`` alone is it."""
         normed = self.input_norm.before(self.attention.qkv, x, residual)
-        residual = x if residual is None else residual
-        x = self.attention(normed, batch, kv)
-        x = self.feed_forward.behind(self.post_norm, x, residual)
-        return self.parallel.all_reduce(x), residual
+        residual = summed(x) if residual is None else residual
+        out = self.feed_forward.behind(self.post_norm, self.attention(normed, batch, kv), residual)
+        if self.parallel.tp_size > 1:
+            out = self.parallel.all_reduce(summed(out))
+        return out, residual
 
 
 class Decoder(ABC):
@@ -139,13 +141,13 @@ class Decoder(ABC):
 
         ``hidden`` is what the stage before returned; None on the first stage.
         """
-        x = self.embed_batch(batch) if hidden is None else hidden
+        x: Addend = self.embed_batch(batch) if hidden is None else hidden
         residual: torch.Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, batch, kv)
         if self.norm is not None:
             return self.norm(x, residual).y
-        return x if residual is None else residual.add_(x)
+        return summed(x) if residual is None else residual.add_(summed(x))
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from outrider.kernels.activation import silu_mul
 from outrider.kernels.attention import paged_attention
 from outrider.kernels.embedding import embedding
 from outrider.kernels.gemm import MOST_FEW_ROWS
-from outrider.kernels.norm import Normed, rms_norm, rms_norm_operand
+from outrider.kernels.norm import Addend, Normed, rms_norm, rms_norm_operand
 from outrider.kernels.quantize import Fp8Form, Fp8Rows, Operand
 from outrider.kernels.rope import RopeSpec, qkv_rope_store
 from outrider.kernels.rope_attention import rope_attention, rope_attention_takes
@@ -63,12 +63,12 @@ class RMSNorm:
         self.eps = eps
 
     def __call__(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, form: Fp8Form | None = None
+        self, x: Addend, residual: torch.Tensor | None = None, form: Fp8Form | None = None
     ) -> Normed:
         """``x[T, M]``; with ``residual`` (updated in place) the norm of their sum, in ``form`` too."""
         return rms_norm(x, self.weight, self.eps, residual, form)
 
-    def before(self, linear: Linear, x: torch.Tensor, residual: torch.Tensor | None) -> Operand:
+    def before(self, linear: Linear, x: Addend, residual: torch.Tensor | None) -> Operand:
         """The same as ``linear`` wants it, for a norm that nothing else reads."""
         return rms_norm_operand(x, self.weight, self.eps, residual, linear.input_form(x.shape[0]))
 
@@ -82,7 +82,7 @@ class FeedForward(ABC):
         """Layers of equal kind launch the same kernels."""
 
     @abstractmethod
-    def behind(self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def behind(self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> Addend:
         """``[T, M]``: this rank's share of the output for ``norm(x + residual)``; the sum replaces ``residual``."""
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from outrider.kernels.beside import run_beside
-from outrider.kernels.norm import Normed
+from outrider.kernels.norm import Addend, LazySum, Normed
 from outrider.kernels.router import route_rows
 from outrider.models.config import ModelConfig
 from outrider.models.layers import FeedForward, GatedMLP, RMSNorm
@@ -43,13 +43,13 @@ class MoE(FeedForward):
         """See ``FeedForward``."""
         return MoE, type(self.experts), *self.shared.kind
 
-    def __call__(self, x: Normed) -> torch.Tensor:
+    def __call__(self, x: Normed) -> LazySum:
         """``[T, M]``: this rank's share of the output; ``x.fp8`` is the shared expert's."""
         shared = run_beside(lambda: self.shared(x.operand), x.y.device)
         expert_ids, scores = route_rows(x.y, self.router, self.top_k)
-        return self.experts(x.y, expert_ids, scores).add_(shared())
+        return LazySum(self.experts(x.y, expert_ids, scores), shared())
 
-    def behind(self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def behind(self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> Addend:
         """See ``FeedForward``; for a few rows the norm is part of the layer's kernels."""
         if self.few_rows is not None and self.few_rows.takes(x):
             return self.few_rows(x, residual, norm.weight, norm.eps)

@@ -34,9 +34,13 @@ def test_static_scale(op, shape):
 @pytest.mark.parametrize(
     "op", [quantize.quantize_fp8_rowwise_reference, quantize.quantize_fp8_rowwise_triton]
 )
-def test_scale_of_each_row(op):
-    """Guards: one scale for the whole tensor, and division by zero on an empty row."""
-    x = torch.randn(5, 130, device=DEVICE) * torch.tensor([1e-3, 1.0, 50.0, 3.0, 0.0], device=DEVICE)[:, None]
+@pytest.mark.parametrize("width", [130, 1100, 2048])
+def test_scale_of_each_row(op, width):
+    """Guards: one scale for the whole tensor or for a part of a row, and division by zero on an empty row."""
+    x = (
+        torch.randn(5, width, device=DEVICE)
+        * torch.tensor([1e-3, 1.0, 50.0, 3.0, 0.0], device=DEVICE)[:, None]
+    )
     codes, scale = op(x)
     assert torch.allclose(scale[:4], x[:4].abs().amax(1) / 448)
     assert torch.isfinite(codes.float()).all() and not codes[4].float().any()

@@ -14,7 +14,9 @@ from tests.models.paged_driver import PagedDriver
 from tests.models.references import References
 
 
-@pytest.mark.parametrize(("folder", "layer", "in_form"), [("nvfp4", Nvfp4Linear, 0.75), ("fp8", Fp8Linear, 1.0)])
+@pytest.mark.parametrize(
+    ("folder", "layer", "in_form"), [("nvfp4", Nvfp4Linear, 0.75), ("fp8", Fp8Linear, 1.0)]
+)
 def test_forms_change_no_bit(
     references: References, monkeypatch: pytest.MonkeyPatch, folder: str, layer: type, in_form: float
 ) -> None:

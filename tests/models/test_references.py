@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from outrider.kernels.norm import Addend, summed
 from outrider.models.decoder import DecoderLayer
 from tests.models.paged_driver import PagedDriver, relative_rms
 from tests.models.references import PREFILL_CHUNK, Mode, References
@@ -33,10 +34,10 @@ class Recorder:
         self.layer = layer
         self.hidden: list[torch.Tensor] = []
 
-    def __call__(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, *args: Any) -> tuple[Addend, torch.Tensor]:
         """The layer's result, with the sum of both halves kept."""
         x, residual = self.layer(*args)
-        self.hidden.append((x + residual).float())
+        self.hidden.append((summed(x) + residual).float())
         return x, residual
 
 
