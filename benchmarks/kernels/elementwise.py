@@ -12,11 +12,12 @@ import torch
 
 from benchmarks.kernels.common import Report, graph_us, parse_args, relative_error
 from outrider.kernels.activation import silu_mul, silu_mul_reference
-from outrider.kernels.norm import rms_norm, rms_norm_reference
+from outrider.kernels.norm import LazySum, rms_norm, rms_norm_operand, rms_norm_reference
+from outrider.kernels.quantize import Fp8Form, Fp8Rows, Operand
 from outrider.kernels.rope import RopeSpec, qkv_rope_store, qkv_rope_store_reference
 
 M, INTER, H, K, D, BLOCK = 5120, 8192, 40, 8, 128, 64
-TOKENS = (1, 64, 512, 8192)
+TOKENS = (1, 64, 400, 1315, 8192)
 BF16 = torch.bfloat16
 
 
@@ -37,32 +38,49 @@ def expect(name: str, out: torch.Tensor, exact: torch.Tensor, bound: float) -> N
         raise SystemExit(f"{name}: relative error {error:.2e} exceeds {bound:.0e}")
 
 
-def bench_norm(report: Report, tokens: int) -> None:
-    """Residual addition, norm, FP8 output."""
-    weight, scale = random(M), torch.tensor(0.02, device="cuda")
-    x, h = random(tokens, M), random(tokens, M)
-    expected = rms_norm_reference(x.double(), weight.double(), 1e-5, h.double())
-    out = rms_norm(x, weight, 1e-5, h.clone(), scale)
-    expect("rms_norm", out.y, expected.y, 1e-2)
-    assert out.y_fp8 is not None
-    expect("rms_norm fp8", out.y_fp8.double() * 0.02, expected.y, 5e-2)
+def as_wide(rows: Operand) -> torch.Tensor:
+    """The values that an operand stands for, float32."""
+    return rows.codes.float() * rows.scale.reshape(-1, 1) if isinstance(rows, Fp8Rows) else rows.float()
+
+
+def bench_norm(report: Report, tokens: int, name: str, form: Fp8Form) -> None:
+    """Residual addition and norm: FP8 output beside the plain one, and alone, also of a sum not yet made."""
+    weight, x, h = random(M), random(tokens, M), random(tokens, M)
+    expected = rms_norm_reference(x.double(), weight.double(), 1e-5, h.double()).y
+    out = rms_norm(x, weight, 1e-5, h.clone(), form)
+    expect("rms_norm", out.y, expected, 1e-2)
+    expect(f"rms_norm {name}", as_wide(out.operand), expected, 5e-2)
     num_bytes = tokens * M * (2 + 2 + 2 + 2 + 1)
-    pairs = [(random(tokens, M), random(tokens, M)) for _ in range(sets(num_bytes))]
-    calls: list[Callable[[], object]] = [lambda p=p: rms_norm(p[0], weight, 1e-5, p[1], scale) for p in pairs]
-    report.memory(f"residual+rms_norm+fp8 T={tokens}", "default", graph_us(calls), num_bytes)
+    inputs = [(random(tokens, M), random(tokens, M), random(tokens, M)) for _ in range(sets(num_bytes))]
+
+    def beside(x: torch.Tensor, residual: torch.Tensor, _: torch.Tensor) -> object:
+        return rms_norm(x, weight, 1e-5, residual, form)
+
+    def alone(x: torch.Tensor, residual: torch.Tensor, _: torch.Tensor) -> object:
+        return rms_norm_operand(x, weight, 1e-5, residual, form)
+
+    def of_a_sum(x: torch.Tensor, residual: torch.Tensor, second: torch.Tensor) -> object:
+        return rms_norm_operand(LazySum(x, second), weight, 1e-5, residual, form)
+
+    for case, op, moved in (
+        ("residual+rms_norm+fp8", beside, num_bytes),
+        ("residual+rms_norm, fp8 alone", alone, num_bytes - 2 * tokens * M),
+        ("sum+residual+rms_norm, fp8 alone", of_a_sum, num_bytes),
+    ):
+        calls: list[Callable[[], object]] = [lambda i=i, op=op: op(*i) for i in inputs]
+        report.memory(f"{case} T={tokens}", name, graph_us(calls), moved)
 
 
-def bench_silu(report: Report, tokens: int) -> None:
+def bench_silu(report: Report, tokens: int, name: str, form: Fp8Form) -> None:
     """silu * up with FP8 output."""
-    scale = torch.tensor(0.02, device="cuda")
     x = random(tokens, 2 * INTER)
     gate, up = x.double().chunk(2, -1)
-    expect("silu_mul", silu_mul(x), torch.nn.functional.silu(gate) * up, 1e-2)
-    expect("silu_mul fp8", silu_mul(x, scale).float(), silu_mul_reference(x, scale).float(), 1e-2)
+    expect("silu_mul", as_wide(silu_mul(x)), torch.nn.functional.silu(gate) * up, 1e-2)
+    expect(f"silu_mul {name}", as_wide(silu_mul(x, form)), as_wide(silu_mul_reference(x, form)), 1e-2)
     num_bytes = tokens * INTER * (4 + 1)
     inputs = [random(tokens, 2 * INTER) for _ in range(sets(num_bytes))]
-    calls: list[Callable[[], object]] = [lambda x=x: silu_mul(x, scale) for x in inputs]
-    report.memory(f"silu_mul+fp8 T={tokens}", "default", graph_us(calls), num_bytes)
+    calls: list[Callable[[], object]] = [lambda x=x: silu_mul(x, form) for x in inputs]
+    report.memory(f"silu_mul+fp8 T={tokens}", name, graph_us(calls), num_bytes)
 
 
 def bench_rope(report: Report, tokens: int, interleaved: bool) -> None:
@@ -99,9 +117,11 @@ def main() -> None:
     """Check and time every op at every size."""
     args = parse_args(__doc__ or "")
     report = Report("elementwise", args.json)
+    forms = {"a scale": Fp8Form(torch.tensor(0.02, device="cuda")), "a scale a row": Fp8Form()}
     for tokens in TOKENS:
-        bench_norm(report, tokens)
-        bench_silu(report, tokens)
+        for name, form in forms.items():
+            bench_norm(report, tokens, name, form)
+            bench_silu(report, tokens, name, form)
         bench_rope(report, tokens, True)
         bench_rope(report, tokens, False)
     report.write()
