@@ -25,9 +25,9 @@ LONE_ROWS = 2048
 MOST_SCANNED = 2048
 """Expert ids that a program of the gather counts at a time for one or two rows; for more, fewer."""
 
-PLAIN, STATIC_FP8, DYNAMIC_FP8, STREAM_FP8 = 0, 1, 2, 3
-"""What the gathered rows become: the model dtype, e4m3 with a given scale, e4m3 with a scale a row, and that with
-the columns in the order of repacked NVFP4 weights."""
+PLAIN, STATIC_FP8, STREAM_FP8 = 0, 1, 2
+"""What the gathered rows become: the model dtype, e4m3 with a given scale, or e4m3 with a scale a row and the columns
+in the order of repacked NVFP4 weights."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,8 @@ def _gather_kernel(
     columns = tl.arange(0, BLOCK)
     mask = columns < row_size
     # A program's first row is on its way from memory while its places are counted.
+    if MODE == 1:
+        in_scale = tl.load(in_scale_ptr)
     x, score, expert = _load_row(
         x_ptr, ids_ptr, scores_ptr, first_row, end, row_size, first_expert, num_experts, TOP_K, BLOCK
     )
@@ -164,18 +166,14 @@ def _gather_kernel(
             # The model rounds the scaled input before anything else sees it.
             scaled = (x.to(tl.float32) * score).to(x.dtype)
             if MODE == 0:
-                tl.store(sorted_ptr + slot * row_size + columns, scaled, mask=mask)
+                out = scaled
+            elif MODE == 1:
+                out = to_fp8(scaled.to(tl.float32), in_scale)
             else:
-                scaled = scaled.to(tl.float32)
-                if MODE == 1:
-                    scale = tl.load(in_scale_ptr)
-                else:
-                    scale = row_scale(scaled)
-                    tl.store(out_scale_ptr + slot, scale)
-                codes = to_fp8(scaled, scale)
-                if MODE == 3:
-                    codes = to_stream_order(codes)
-                tl.store(sorted_ptr + slot * row_size + columns, codes, mask=mask)
+                scale = row_scale(scaled.to(tl.float32))
+                tl.store(out_scale_ptr + slot, scale)
+                out = to_stream_order(to_fp8(scaled.to(tl.float32), scale))
+            tl.store(sorted_ptr + slot * row_size + columns, out, mask=mask)
         if ROWS > 1:
             x, score, expert = _load_row(
                 x_ptr, ids_ptr, scores_ptr, row + 1, end, row_size, first_expert, num_experts, TOP_K, BLOCK
@@ -222,7 +220,7 @@ def gather_rows_triton(
     index = torch.empty(num_rows, dtype=torch.int32, device=x.device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=x.device)
     scale = in_scale
-    if mode in (DYNAMIC_FP8, STREAM_FP8):
+    if mode == STREAM_FP8:
         scale = torch.empty(capacity, dtype=torch.float32, device=x.device)
     rows = 1 if num_rows <= LONE_ROWS else power_of_two_at_least(ceil_div(2 * num_rows, LONE_ROWS), 1)
     scan = min(MOST_SCANNED // max(1, rows // 2), power_of_two_at_least(num_rows, 128))
@@ -285,6 +283,5 @@ AOT_SPECS = [
         {"K": 2, "BLOCK": 16, "BINS": 16},
     ),
     (_gather_kernel, _GATHER_SIGNATURE, {**_GATHER_CONSTANTS, "MODE": STATIC_FP8}),
-    (_gather_kernel, _GATHER_SIGNATURE, {**_GATHER_CONSTANTS, "MODE": DYNAMIC_FP8}),
     (_gather_kernel, _GATHER_SIGNATURE, {**_GATHER_CONSTANTS, "MODE": STREAM_FP8}),
 ]
