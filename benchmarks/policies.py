@@ -56,20 +56,17 @@ class StepCost:
 DECODE_BYTES_PER_US, PREFILL_FLOP_PER_US = 3.65e6, 580e6
 COSTS = {
     "FP8": StepCost(
-        379_000,
-        (1, 8, 16, 64, 170, 234, 576, 682, 1024, 8192),
-        (105, 250, 330, 560, 585, 620, 750, 780, 930, 4100),
+        24_912,
+        (1, 8, 16, 64, 170, 234, 512, 774, 1024, 1664, 8192),
+        (90, 250, 330, 540, 575, 600, 690, 768, 930, 1230, 6200),
     ),
     "NVFP4": StepCost(
-        872_000,
-        (1, 8, 64, 128, 256, 400, 448, 512, 768, 912, 1024, 1424, 1536, 2048, 8192),
-        (95, 215, 365, 395, 455, 510, 540, 565, 660, 775, 865, 1060, 1110, 1270, 4500),
+        51_798,
+        (1, 8, 64, 110, 256, 512, 600, 768, 1024, 1664, 2048, 8192),
+        (91, 215, 370, 387, 480, 640, 689, 790, 940, 1430, 1690, 6280),
     ),
 }
-"""H200, 2026-11-26: steps of the engine at these sizes, less what the NVFP4 experts gained since (trials_h200.txt).
-
-The serving runs of that day took 5 to 10 % longer than this model says.
-"""
+"""H200, 2026-11-26: steps of the engine under load at these sizes (trials_h200.txt); FP8 above 774 is an estimate."""
 
 
 class Eager(Pacer):

@@ -89,7 +89,7 @@ class Bench:
         self.cache.pretend = True
         max_tokens = self.num_steps + 4 * WARM_STEPS
         room = self.cache.pool.capacity // self.cache.num_blocks_for(context + max_tokens)
-        for _ in range(min(concurrency, room + 1)):  # those that can never fit would only wait
+        for _ in range(min(concurrency, room)):  # more would start one by one, as the others end
             self._add([*prompt[:-1], self._rng.randrange(self.cost.config.vocab_size)], max_tokens)
         times, streams = self._timed_steps()
         self._clear()

@@ -75,7 +75,7 @@ class Starts:
     """The policy and what it remembers of the live requests.
 
     ``share``: prompt tokens that usually ride beside decodes. ``patience``: steps without a new request after which
-    the queue is taken for all there is.
+    the queue is taken for all there is; once that was wrong, as many as a request lives.
     """
 
     def __init__(self, kv: KVManager, share: int, patience: float = QUIET_STEPS) -> None:
@@ -83,7 +83,7 @@ class Starts:
         self._kv, self._capacity, self._share = kv, kv.pool.capacity, share
         self._pacer = Pacer(self._capacity)
         self._demand = 0  # blocks that all live sequences are expected to hold at their ends
-        self._patience = patience
+        self._patience = self._usual_patience = patience
         self._quiet_steps = 0.0
         self._hold_steps = 0
         self._is_last_wave = False
@@ -94,6 +94,10 @@ class Starts:
 
     def came(self, seq: Sequence) -> None:
         """A request was queued."""
+        if not self._demand:
+            self._patience = self._usual_patience
+        elif self._is_last_wave:  # it was not the last: requests follow those that end
+            self._patience = max(self._patience, self.estimator.mean_outputs(seq))
         seq.demand = self._kv.num_blocks_for(self.estimator.expected_total(seq))
         self._demand += seq.demand
         self.estimator.follow(seq, 1)

@@ -244,3 +244,19 @@ def test_who_comes_during_the_wait_is_served_too() -> None:
         assert num_steps < 3000
     scheduler.check_integrity()
     assert scheduler.stats.preemptions == 0
+
+
+def test_a_closed_loop_is_taken_for_a_queues_end_only_once() -> None:
+    """Whoever sends the next request when one ends would otherwise get wave after wave, each half empty in between."""
+    scheduler, num_added, num_steps, num_waves = room_for(60), 0, 0, 0
+    while scheduler.has_work or num_added < 600:
+        while len(scheduler._by_id) < 80 and num_added < 600:
+            scheduler.add(request(f"r{num_added}"))
+            num_added += 1
+        before = scheduler.starts._is_last_wave
+        step(scheduler)
+        num_steps += 1
+        if num_added < 600:
+            num_waves += scheduler.starts._is_last_wave and not before
+    assert num_waves == 1, "the first 80 could have been all"
+    assert num_steps < 2360, "even starts alone take 2,148"
