@@ -31,7 +31,7 @@ NVFP4, routed experts of a layer: 0.37 us a token at 1,536, 0.41 at 2,048, 0.43 
 WORTH_WAITING = 0.6
 """A last wave that begins later than this share of the time that even starts take gains too little.
 
-By the cost model FP8 would wait for 0.7 of that time and gain 1 %, NVFP4 for 0.4 and 6 %: benchmarks.policies.
+By the cost model FP8 would wait for 0.7 of that time and gain 1 %, NVFP4 for 0.4 and 4 %: benchmarks.policies.
 """
 
 
