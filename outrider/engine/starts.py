@@ -11,7 +11,7 @@ from collections import deque
 
 import numpy as np
 
-from outrider.engine.admission import Holdings, OutputEstimator, fits, steps_until_room
+from outrider.engine.admission import RELEASE_LAG, Holdings, OutputEstimator, fits, steps_until_room
 from outrider.engine.kv_manager import KVManager
 from outrider.engine.sequence import Sequence
 
@@ -130,10 +130,8 @@ class Starts:
         if by_itself:
             self.estimator.observe(seq.num_read)
         if seq.paid:
-            left = seq.paid - self._area(seq, seq.num_outputs)
-            self._pacer.refund(left)
-            if left > 0:
-                self._hold_steps = 0  # room before its time: look again
+            self._pacer.refund(seq.paid - self._area(seq, seq.num_outputs))
+            self._hold_steps = 0  # there is room: look again
 
     def left(self, seq: Sequence) -> None:
         """A request is gone."""
@@ -160,8 +158,13 @@ class Starts:
         """
         head, count = waiting[0], len(waiting)
         blocks_for, num_outputs = self._kv.num_blocks_for, self.estimator.mean_outputs(head)
-        held, at_end = blocks_for(head.prompt_len), blocks_for(self.estimator.expected_total(head))
-        num_first = max(1, count - self._capacity // at_end)
+        total = self.estimator.expected_total(head)
+        held, at_end = blocks_for(head.prompt_len), blocks_for(total)
+        # Those that end in the same step hold their blocks a little longer.
+        num_at_once = self._wave_share(len(running) + count // 2) // head.prompt_len + 1
+        lag = blocks_for(total + RELEASE_LAG) - at_end
+        capacity = self._capacity - lag * min(count, num_at_once * (1 + RELEASE_LAG))
+        num_first = max(1, count - capacity // at_end)
         others = self._holdings(running)
 
         def wait_of(number: int, others: Holdings) -> float:
@@ -169,7 +172,7 @@ class Starts:
             last = Holdings.of_equals(held, at_end, num_outputs, number)
             start_steps = number * head.prompt_len / self._wave_share(len(running) + number // 2)
             waste = 0.75 * len(self._kv.layout.local)  # half a block on average; none may be left over
-            return max(0.0, steps_until_room(others, last, self._capacity, waste) - start_steps / 2)
+            return max(0.0, steps_until_room(others, last, capacity, waste) - start_steps / 2)
 
         together = wait_of(count, others)
         self._is_last_wave = together == 0
@@ -185,7 +188,7 @@ class Starts:
             self._hold_steps = int(together) // 2  # then look again
             return False
         # Starts at the rate at which ends will make room for what all others then grow.
-        self._hold_steps = self.estimator.expected_total(head) // (len(running) + count)
+        self._hold_steps = total // (len(running) + count)
         return True
 
     def _wave_share(self, num_decodes: int) -> int:

@@ -87,7 +87,7 @@ class ShapeTable:
         when they are first met, which delays that one step by about a fifth of a second.
         """
         shapes = [StepShape(s, 0, 0) for s in self.decodes]
-        shapes += [StepShape(0, tokens, PREFILL_SEQS) for tokens in (64, 256, 1024, 2048)]
+        shapes += [StepShape(0, tokens, PREFILL_SEQS) for tokens in (64, 256, 1024, 1536, 2048)]
         for decodes in self._mixed:
             mixed = {PREFILL_TOKENS[0], self._share, max(self._share, _wave(decodes))}
             shapes += [StepShape(decodes, tokens, PREFILL_SEQS) for tokens in sorted(mixed)]
