@@ -86,7 +86,7 @@ def run(cost: StepCost, share: int, policy: str, num_requests: int) -> dict[str,
     kv = KVManager(LAYOUT, cost.num_blocks, False)
     scheduler = Scheduler(kv, Limits(CONCURRENCY, MAX_TOKENS, share))
     if policy != POLICIES[0]:
-        scheduler.starts = Starts(kv, share, patience=math.inf)
+        scheduler.starts = Starts(kv, share, CONCURRENCY, patience=math.inf)
     if policy == POLICIES[2]:
         scheduler.starts._pacer = Eager(kv.pool.capacity)
     params = SamplingParams(max_tokens=OUTPUT, temperature=0.0, ignore_eos=True)

@@ -166,8 +166,8 @@ class EngineConfig(_Checked):
     )
     prefill_share_tokens: int | None = option(
         None,
-        "Prompt tokens in a step that also decodes; bounds how long a step can delay a stream "
-        "(default 512 on a GPU, 128 on a CPU)",
+        "Prompt tokens in a step that also decodes, up to four times as many while a queue's last requests start; "
+        "bounds how long a step can delay a stream (default 512 on a GPU, 128 on a CPU)",
         group="Scheduler",
         min=1,
     )

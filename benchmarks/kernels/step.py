@@ -21,11 +21,10 @@ from unittest import mock
 import torch
 
 from benchmarks.kernels.common import Report, graph_us, parse_args
-from outrider.kernels import gemm, moe, moe_few_kernels, moe_one_nvfp4, overlap
+from outrider.kernels import gemm, moe, moe_few_kernels, moe_one_nvfp4, overlap, router
 from outrider.kernels.gemm import SkinnyTile
 from outrider.kernels.moe_gemm import Tile
 from outrider.kv_layout import plan_layout
-from outrider.models import moe as moe_layer
 from outrider.models.config import ModelConfig, QuantConfig
 from outrider.models.decoder import Decoder
 from outrider.models.registry import load_model
@@ -197,7 +196,7 @@ def reference(scout: Scout, batch: Batch) -> Expected:
 
     with (
         plain_torch(),
-        mock.patch.object(moe_layer, "route", route),
+        mock.patch.object(router, "route", route),
         mock.patch.object(moe_one_nvfp4, "route_reference", route),
         separate_operations(scout, but=(Nvfp4OneRow,)),  # repacked experts have no other plain torch
     ):

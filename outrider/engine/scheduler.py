@@ -69,7 +69,7 @@ class Scheduler:
         self.stats = EngineStats(
             kv_blocks_total=kv.pool.capacity, step_token_counts=[0] * (len(STEP_TOKEN_BUCKETS) + 1)
         )
-        self.starts = Starts(kv, limits.prefill_share_tokens)
+        self.starts = Starts(kv, limits.prefill_share_tokens, limits.max_num_seqs)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}

@@ -28,11 +28,19 @@ Sixteen experts get 104 rows each: tiles of 128 are well filled, and few experts
 NVFP4, routed experts of a layer: 0.37 us a token at 1,536, 0.41 at 2,048, 0.43 at 2,223.
 """
 
+LAST_WAVE_SHARES = 4
+"""A last wave takes no more than so many times the usual share, which bounds how long a stream waits."""
+
 WORTH_WAITING = 0.6
 """A last wave that begins later than this share of the time that even starts take gains too little.
 
 By the cost model FP8 would wait for 0.7 of that time and gain 1 %, NVFP4 for 0.4 and 4 %: benchmarks.policies.
 """
+
+
+def wave_share(share: int, num_decodes: int) -> int:
+    """Prompt tokens beside so many decodes while the last requests start together; ``share``: the usual ones."""
+    return max(share, min(LAST_WAVE_SHARES * share, LAST_WAVE_TOKENS - num_decodes))
 
 
 class Pacer:
@@ -74,13 +82,15 @@ class Pacer:
 class Starts:
     """The policy and what it remembers of the live requests.
 
-    ``share``: prompt tokens that usually ride beside decodes. ``patience``: steps without a new request after which
-    the queue is taken for all there is; once that was wrong, as many as a request lives.
+    ``share``: prompt tokens that usually ride beside decodes. ``max_num_seqs``: rows of a step. ``patience``: steps
+    without a new request after which the queue is taken for all there is; once that was wrong, as many as a request
+    lives.
     """
 
-    def __init__(self, kv: KVManager, share: int, patience: float = QUIET_STEPS) -> None:
+    def __init__(self, kv: KVManager, share: int, max_num_seqs: int, patience: float = QUIET_STEPS) -> None:
         self.estimator = OutputEstimator()
         self._kv, self._capacity, self._share = kv, kv.pool.capacity, share
+        self._max_num_seqs = max_num_seqs
         self._pacer = Pacer(self._capacity)
         self._demand = 0  # blocks that all live sequences are expected to hold at their ends
         self._patience = self._usual_patience = patience
@@ -90,7 +100,7 @@ class Starts:
 
     def share_beside(self, num_decodes: int) -> int:
         """Prompt tokens that may ride beside so many decodes in the next step."""
-        return self._wave_share(num_decodes) if self._is_last_wave else self._share
+        return wave_share(self._share, num_decodes) if self._is_last_wave else self._share
 
     def came(self, seq: Sequence) -> None:
         """A request was queued."""
@@ -161,16 +171,18 @@ class Starts:
         total = self.estimator.expected_total(head)
         held, at_end = blocks_for(head.prompt_len), blocks_for(total)
         # Those that end in the same step hold their blocks a little longer.
-        num_at_once = self._wave_share(len(running) + count // 2) // head.prompt_len + 1
+        num_at_once = wave_share(self._share, len(running) + count // 2) // head.prompt_len + 1
         lag = blocks_for(total + RELEASE_LAG) - at_end
-        capacity = self._capacity - lag * min(count, num_at_once * (1 + RELEASE_LAG))
+        capacity = max(at_end, self._capacity - lag * min(count, num_at_once * (1 + RELEASE_LAG)))
+        if capacity // at_end > self._max_num_seqs:
+            return self._pacer.may_start  # rows run out before memory does: no end to plan for
         num_first = max(1, count - capacity // at_end)
         others = self._holdings(running)
 
         def wait_of(number: int, others: Holdings) -> float:
             """Steps until so many can start together; not all do so in the first step, which saves half of that."""
             last = Holdings.of_equals(held, at_end, num_outputs, number)
-            start_steps = number * head.prompt_len / self._wave_share(len(running) + number // 2)
+            start_steps = number * head.prompt_len / wave_share(self._share, len(running) + number // 2)
             waste = 0.75 * len(self._kv.layout.local)  # half a block on average; none may be left over
             return max(0.0, steps_until_room(others, last, capacity, waste) - start_steps / 2)
 
@@ -190,9 +202,6 @@ class Starts:
         # Starts at the rate at which ends will make room for what all others then grow.
         self._hold_steps = total // (len(running) + count)
         return True
-
-    def _wave_share(self, num_decodes: int) -> int:
-        return max(self._share, LAST_WAVE_TOKENS - num_decodes)
 
     def _holdings(self, running: list[Sequence]) -> Holdings:
         blocks_for, expected = self._kv.num_blocks_for, self.estimator.expected_total

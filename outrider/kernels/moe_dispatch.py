@@ -20,7 +20,10 @@ ROW_PADDING = 256
 """Spare rows behind every expert-sorted buffer, so that a tile may load past the last row."""
 
 LONE_ROWS = 2048
-"""Rows up to which the gather has a program for each; above it has half as many programs: each reads all expert ids."""
+"""Rows up to which the gather has a program for each; above it has no more than half as many programs.
+
+Each of them reads all expert ids.
+"""
 
 MOST_SCANNED = 2048
 """Expert ids that a program of the gather counts at a time for one or two rows; for more, fewer."""

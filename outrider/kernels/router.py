@@ -111,7 +111,7 @@ def route_rows_triton(x: torch.Tensor, weight: torch.Tensor, top_k: int) -> tupl
         SPLIT=SPLIT,
         BINS=bins,
         num_warps=4,
-        num_stages=4,
+        num_stages=4 if bins <= 64 else 2,
     )
     return ids, scores
 

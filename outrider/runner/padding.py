@@ -17,14 +17,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from outrider.engine.starts import LAST_WAVE_TOKENS
+from outrider.engine.starts import wave_share
 from outrider.runner.rows import StepArrays
 
 PREFILL_TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 """Prompt tokens of a shape; longer prefills are bound by the device anyway and run without a graph."""
 
 PREFILL_SEQS = 16
-_MIXED_STEP = 64
 PADDING_IDS = 64
 """Padding takes the first token ids, which every vocabulary has."""
 
@@ -55,9 +54,16 @@ class ShapeTable:
         fine = [*range(1, 9), 12, 16, 24, 32, 48, *range(64, max_num_seqs + 1, 32)]
         self.decodes = sorted({s for s in fine if s < max_num_seqs} | {max_num_seqs})
         # Beside a prompt a few rows more cost little, and every shape is a graph.
-        mixed = [8, 16, *range(32, 257, 32), *range(320, max_num_seqs, _MIXED_STEP)]
+        mixed = [8, 16, *range(32, 257, 32), *range(320, max_num_seqs, 64)]
         self._mixed = sorted({s for s in mixed if s < max_num_seqs} | {max_num_seqs})
-        self._share = _at_least(PREFILL_TOKENS, min(prefill_share, PREFILL_TOKENS[-1]))
+        most = PREFILL_TOKENS[-1]
+        self._share = _at_least(PREFILL_TOKENS, min(prefill_share, most))
+        # A last wave's prompt tokens: room for all that ride beside the fewest decodes that a shape serves.
+        fewest = [1, *(size + 1 for size in self._mixed[:-1])]
+        self._wave = {
+            size: max(self._share, min(most, wave_share(prefill_share, few)))
+            for size, few in zip(self._mixed, fewest, strict=True)
+        }
 
     @property
     def largest(self) -> StepShape:
@@ -65,7 +71,7 @@ class ShapeTable:
         return StepShape(self.decodes[-1], PREFILL_TOKENS[-1], PREFILL_SEQS)
 
     def shape_of(self, arrays: StepArrays) -> StepShape | None:
-        """The smallest shape that holds the step, or None if none does."""
+        """A shape that holds the step, or None; a last wave's takes whatever is more than a share beside decodes."""
         num_decodes = arrays.num_decodes
         num_prefills = len(arrays.rows) - num_decodes
         num_tokens = len(arrays.token_ids) - num_decodes
@@ -76,8 +82,8 @@ class ShapeTable:
         if not num_decodes:
             return StepShape(0, _at_least(PREFILL_TOKENS, num_tokens), PREFILL_SEQS)
         decodes = _at_least(self._mixed, num_decodes)
-        if self._share < num_tokens <= _wave(decodes):
-            return StepShape(decodes, _wave(decodes), PREFILL_SEQS)
+        if self._share < num_tokens <= self._wave[decodes]:
+            return StepShape(decodes, self._wave[decodes], PREFILL_SEQS)
         return StepShape(decodes, _at_least(PREFILL_TOKENS, num_tokens), PREFILL_SEQS)
 
     def start_shapes(self) -> list[StepShape]:
@@ -89,14 +95,9 @@ class ShapeTable:
         shapes = [StepShape(s, 0, 0) for s in self.decodes]
         shapes += [StepShape(0, tokens, PREFILL_SEQS) for tokens in (64, 256, 1024, 1536, 2048)]
         for decodes in self._mixed:
-            mixed = {PREFILL_TOKENS[0], self._share, max(self._share, _wave(decodes))}
+            mixed = {PREFILL_TOKENS[0], self._share, self._wave[decodes]}
             shapes += [StepShape(decodes, tokens, PREFILL_SEQS) for tokens in sorted(mixed)]
         return shapes
-
-
-def _wave(decodes: int) -> int:
-    """Prompt tokens of a last wave's shape: room for all that ride beside the fewest decodes it serves."""
-    return LAST_WAVE_TOKENS + _MIXED_STEP - decodes
 
 
 def _at_least(sizes: tuple[int, ...] | list[int], size: int) -> int:

@@ -38,7 +38,7 @@ CPU_KV_BYTES = 2 * GIB
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 RESERVED_BYTES = int(1.8 * GIB)
 """Kept free of weights, activations and KV cache. H200, 2026-11-26, Scout: CUDA and the loaded kernels take 0.75 GiB,
-74 graphs 0.6 GiB, and what these compute, which prompts without a graph cannot reuse, another 0.6 GiB."""
+74 graphs 0.6 GiB, and what these compute 0.6 GiB, of which 0.15 fit into what the probe of activations leaves."""
 
 
 @dataclass(frozen=True, slots=True)

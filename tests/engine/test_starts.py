@@ -11,7 +11,7 @@ import pytest
 from outrider.engine.admission import Holdings, steps_until_room
 from outrider.engine.kv_manager import KVManager
 from outrider.engine.scheduler import Limits, Scheduler
-from outrider.engine.starts import Pacer, Starts
+from outrider.engine.starts import LAST_WAVE_SHARES, LAST_WAVE_TOKENS, Pacer, Starts, wave_share
 from outrider.kv_layout import plan_layout
 from outrider.types import Request, SamplingParams, StepResult
 
@@ -35,7 +35,7 @@ def request(name: str) -> Request:
 def room_for(count: int, **changes: float) -> Scheduler:
     """A scheduler with blocks for the ends of so many requests; ``changes`` of its ``Starts``."""
     scheduler = Scheduler(KVManager(FULL, 20 * count + 1, False), Limits(512, 1024, 64))
-    scheduler.starts = Starts(scheduler.kv, 64, **changes)
+    scheduler.starts = Starts(scheduler.kv, 64, 512, **changes)
     return scheduler
 
 
@@ -264,3 +264,39 @@ def test_a_closed_loop_is_taken_for_a_queues_end_only_once() -> None:
             num_waves += scheduler.starts._is_last_wave and not before
     assert num_waves == 1, "the first 80 could have been all"
     assert num_steps < 2360, "even starts alone take 2,148"
+
+
+def test_short_prompts_in_a_small_pool_are_planned_too() -> None:
+    """Many start, and end, in one step: what they hold a little longer may be more than the pool."""
+    scheduler = Scheduler(KVManager(FULL, 401, False), Limits(512, 1024, 512))
+    for i in range(700):
+        params = SamplingParams(max_tokens=72, temperature=0.0, ignore_eos=True)
+        scheduler.add(Request(request_id=f"r{i}", prompt_token_ids=[1] * 8, sampling=params))
+    while scheduler.has_work:
+        step(scheduler)
+    scheduler.check_integrity()
+    assert scheduler.stats.preemptions == 0
+
+
+def test_rows_that_bind_before_memory_are_never_held_back() -> None:
+    """Guards: a plan for memory that keeps rows free while requests wait."""
+
+    def steps_with(**changes: float) -> int:
+        scheduler = Scheduler(KVManager(FULL, 20 * 60 + 1, False), Limits(54, 1024, 64))
+        scheduler.starts = Starts(scheduler.kv, 64, 54, **changes)
+        for i in range(140):
+            scheduler.add(request(f"r{i}"))
+        num_steps = 0
+        while scheduler.has_work:
+            step(scheduler)
+            num_steps += 1
+        return num_steps
+
+    assert steps_with() <= steps_with(patience=math.inf)
+
+
+def test_the_usual_share_bounds_a_last_wave() -> None:
+    """Whoever asks for a small share asks for short waits between tokens, also at a queue's end."""
+    assert wave_share(512, 100) == LAST_WAVE_TOKENS - 100
+    assert wave_share(16, 100) == LAST_WAVE_SHARES * 16
+    assert wave_share(2048, 100) == 2048

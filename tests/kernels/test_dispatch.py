@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from unittest import mock
+
 import pytest
 import torch
 
+from outrider.kernels import beside
 from outrider.kernels._dispatch import arrival_counters, second_lane
 
 CPU = torch.device("cpu")
@@ -20,3 +24,12 @@ def test_kernels_that_run_beside_others_count_apart():
     with pytest.raises(KeyError), second_lane():
         raise KeyError
     assert arrival_counters(CPU).data_ptr() == first.data_ptr()
+
+
+def test_work_beside_runs_in_the_second_lane(monkeypatch):
+    """Guards the use of it: streams are pretended, the lane is the real one."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(beside, "_second_stream", lambda device: mock.MagicMock())
+    join = beside.run_beside(lambda: arrival_counters(CPU), torch.device("cuda"))
+    assert join().data_ptr() != arrival_counters(CPU).data_ptr()

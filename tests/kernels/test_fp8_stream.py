@@ -67,8 +67,8 @@ def test_the_next_expert_begins_with_another_block():
     assert rows == [0, 128, 130 + 128, 130]
 
 
-def test_only_whole_experts_of_hopper_stream():
-    """Guards: the path of another device, and shapes that the ring or the boxes cannot take."""
+def test_experts_elsewhere_do_not_stream():
+    """Guards: the path of a device without wgmma, for shapes that would stream on Hopper."""
     w13, w2 = torch.empty(16, 2 * 8192, 5120, device="meta"), torch.empty(16, 5120, 8192, device="meta")
     assert not fp8_stream.can_stream(w13, w2)
 

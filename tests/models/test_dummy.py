@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from outrider.errors import ConfigError
+from outrider.kernels import router
 from outrider.kernels.moe import route
-from outrider.models import moe
 from outrider.models.config import ModelConfig
 from outrider.models.memory import GIB, check_fits, kv_bytes, weight_bytes
 from outrider.models.registry import load_model
@@ -35,6 +35,8 @@ def test_dummy_has_the_checkpoints_size(references: References, folder: str) -> 
     config = references.config(folder)
     loaded = references.model(folder, BF16).weight_bytes()
     assert weight_bytes(config, Parallel(), BF16) == loaded == _dummy(config, BF16).weight_bytes()
+    table = 0 if config.tie_word_embeddings else 2 * config.vocab_size * config.hidden_size
+    assert weight_bytes(config, Parallel(), BF16, tables_apart=True) == loaded - table
 
 
 @pytest.mark.parametrize("folder", ["bf16", "fp8", "nvfp4"])
@@ -47,7 +49,7 @@ def test_dummy_runs(references: References, folder: str, monkeypatch: pytest.Mon
         chosen.append(ids[:, 0])
         return ids, scores
 
-    monkeypatch.setattr(moe, "route", spy)
+    monkeypatch.setattr(router, "route", spy)
     config = replace(references.config(folder), hidden_size=256, num_experts=8)
     model = _dummy(config, F32)
     ids = torch.randint(0, config.vocab_size, (120,), generator=torch.Generator().manual_seed(0)).tolist()
