@@ -15,6 +15,7 @@ from outrider.kernels.activation import swiglu
 from outrider.kernels.fp8_stream import StreamTile, down_stream, gate_up_stream
 from outrider.kernels.moe_dispatch import STATIC_FP8, SortedRows, gather_rows_triton
 from outrider.kernels.moe_gemm import Tile, down_triton, gate_up_triton
+from outrider.kernels.router import route_rows
 
 EXPERTS, HIDDEN, INTER = 16, 5120, 8192
 FP8_PEAK = 1350.0
@@ -141,7 +142,7 @@ def bench_size(report: Report, sets: list[Weights], num_tokens: int, quick: bool
     """All candidates at one batch size."""
     x = torch.randn(num_tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
     logits = torch.randn(num_tokens, EXPERTS, device="cuda", dtype=torch.bfloat16)
-    expert_ids, scores = moe.route(logits, 1)
+    expert_ids, scores = moe.route_reference(logits, 1)
     active = int(expert_ids.unique().numel())
     first = sets[0]
     rows = gather_rows_triton(x, expert_ids, scores, (0, EXPERTS), STATIC_FP8, first.a13_scale)
@@ -196,8 +197,12 @@ def bench_size(report: Report, sets: list[Weights], num_tokens: int, quick: bool
         bytes13 + bytes2,
         3 * flops,
     )
+    router = torch.randn(EXPERTS, HIDDEN, device="cuda", dtype=torch.bfloat16)
     report.memory(
-        f"moe route T={num_tokens}", "", graph_us([lambda: moe.route(logits, 1)] * 8), logits.nbytes
+        f"moe route T={num_tokens}",
+        "",
+        graph_us([lambda: route_rows(x, router, 1)] * 8),
+        x.nbytes + router.nbytes,
     )
     gather = graph_us(
         [lambda: gather_rows_triton(x, expert_ids, scores, (0, EXPERTS), STATIC_FP8, first.a13_scale)] * 8

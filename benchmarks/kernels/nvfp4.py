@@ -178,7 +178,9 @@ class Experts:
 def bench_moe(report: Report, sets: list[Experts], num_tokens: int, pairs: list[Pair]) -> None:
     """Each product alone for every candidate, then the whole op as the table runs it."""
     x = torch.randn(num_tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
-    ids, scores = moe.route(torch.randn(num_tokens, EXPERTS, device="cuda", dtype=torch.bfloat16), 1)
+    ids, scores = moe.route_reference(
+        torch.randn(num_tokens, EXPERTS, device="cuda", dtype=torch.bfloat16), 1
+    )
     expected = moe.moe_nvfp4_reference(x, ids, scores, *sets[0].up, *sets[0].down)
     active = int(ids.unique().numel())
     up_bytes, flops = active * 2 * INTER * HIDDEN * 9 / 16, 4.0 * num_tokens * INTER * HIDDEN

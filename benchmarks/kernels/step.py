@@ -196,7 +196,7 @@ def reference(scout: Scout, batch: Batch) -> Expected:
 
     with (
         plain_torch(),
-        mock.patch.object(router, "route", route),
+        mock.patch.object(router, "route_reference", route),
         mock.patch.object(moe_one_nvfp4, "route_reference", route),
         separate_operations(scout, but=(Nvfp4OneRow,)),  # repacked experts have no other plain torch
     ):

@@ -10,14 +10,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-# Names since, and before, Triton 3.7.
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+from outrider.kernels.gluon_names import async_load, barrier
 
 
 @gluon.jit
@@ -69,12 +66,14 @@ def _copy(sources, stages, ready, cursor, turn, job, EXPERTS: gl.constexpr):
     if left > NARROW:
         mbarrier.expect(bar, W_BYTES + WIDE // NARROW * X_BYTES)
         for i in gl.static_range(WIDE // NARROW):
-            _load(x_desc, [row + i * NARROW, step * 128], bar, x_smem.index(stage).slice(i * NARROW, NARROW))
+            async_load(
+                x_desc, [row + i * NARROW, step * 128], bar, x_smem.index(stage).slice(i * NARROW, NARROW)
+            )
     elif left > 0:
         mbarrier.expect(bar, W_BYTES + X_BYTES)
-        _load(x_desc, [row, step * 128], bar, x_smem.index(stage).slice(0, NARROW))
+        async_load(x_desc, [row, step * 128], bar, x_smem.index(stage).slice(0, NARROW))
     if left > 0:
-        _load(w_desc, [expert, tile_n * BLOCKS, 0, 0, step * 128], bar, w_smem.index(stage))
+        async_load(w_desc, [expert, tile_n * BLOCKS, 0, 0, step * 128], bar, w_smem.index(stage))
     step += 1
     if step == steps:
         step = 0
@@ -102,7 +101,7 @@ def _multiply(
         w = w_smem.index(stage).reshape([N, 128])
         acc = warpgroup_mma(x_smem.index(stage).slice(0, ROWS), w.permute((1, 0)), acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=(acc,))
-        _barrier()  # every warp is past the product before
+        barrier()  # every warp is past the product before
         cursor = _copy(sources, stages, ready, cursor, turn + STAGES - 1, job, EXPERTS)
         turn += 1
     return warpgroup_mma_wait(0, deps=(acc,)), cursor, turn

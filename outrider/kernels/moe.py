@@ -22,7 +22,6 @@ from outrider.kernels.moe_dispatch import (
     STATIC_FP8,
     SortedRows,
     gather_rows_triton,
-    route_triton,
 )
 from outrider.kernels.moe_gemm import Tile, down_triton, gate_up_triton
 from outrider.kernels.nvfp4 import dequantize_nvfp4
@@ -72,16 +71,6 @@ BF16_TILES = (
 
 INVARIANT_ROWS = 40
 """Rows an expert whose tiles ``--deterministic`` takes for any number: they do not split the depth."""
-
-
-def route(router_logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``router_logits[T, E]`` -> ``(expert_ids i32[T, k], scores f32[T, k])``: top-k of the logits, their sigmoids.
-
-    Scores are not renormalised; the lowest expert wins a tie.
-    """
-    return (
-        route_triton(router_logits, top_k) if on_gpu(router_logits) else route_reference(router_logits, top_k)
-    )
 
 
 def moe_bf16(
@@ -258,7 +247,10 @@ def combine_choices(rows: torch.Tensor, top_k: int) -> torch.Tensor:
 
 
 def route_reference(router_logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain-torch ``route``; a stable sort makes the lowest expert win ties."""
+    """``router_logits[T, E]`` -> ``(expert_ids i32[T, k], scores f32[T, k])``: top-k of the logits, their sigmoids.
+
+    Scores are not renormalised; a stable sort makes the lowest expert win ties.
+    """
     logits, expert_ids = router_logits.float().sort(dim=-1, descending=True, stable=True)
     return expert_ids[:, :top_k].to(torch.int32), torch.sigmoid(logits[:, :top_k])
 

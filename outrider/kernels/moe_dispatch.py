@@ -1,4 +1,4 @@
-"""MoE bookkeeping on the device: top-k routing, and rows gathered by expert, scaled and quantised.
+"""MoE bookkeeping on the device: rows gathered by expert, scaled and quantised.
 
 Called by the launchers of ``moe``. No host synchronisation and fixed grids, so it lives in CUDA graphs. The sort
 is stable (a counting sort: every program counts what goes before its rows), so results do not depend on scheduling.
@@ -45,29 +45,6 @@ class SortedRows:
     offsets: torch.Tensor
     scale: torch.Tensor | None
     num_rows: int
-
-
-@triton.jit(do_not_specialize=("num_tokens",))
-def _route_kernel(
-    logits_ptr,
-    ids_ptr,
-    scores_ptr,
-    num_tokens,
-    num_experts,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BINS: tl.constexpr,
-):
-    tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    experts = tl.arange(0, BINS)
-    mask = (tokens[:, None] < num_tokens) & (experts[None, :] < num_experts)
-    offsets = tokens[:, None].to(tl.int64) * num_experts + experts[None, :]
-    logits = tl.load(logits_ptr + offsets, mask=mask, other=float("-inf")).to(tl.float32)
-    for choice in tl.static_range(K):
-        best, expert = tl.max(logits, 1, return_indices=True, return_indices_tie_break_left=True)
-        tl.store(ids_ptr + tokens * K + choice, expert.to(tl.int32), mask=tokens < num_tokens)
-        tl.store(scores_ptr + tokens * K + choice, tl.sigmoid(best), mask=tokens < num_tokens)
-        logits = tl.where(experts[None, :] == expert[:, None], float("-inf"), logits)
 
 
 @triton.jit
@@ -183,27 +160,6 @@ def _gather_kernel(
             )
 
 
-def route_triton(router_logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch ``moe.route`` as one Triton kernel."""
-    router_logits = router_logits.contiguous()
-    num_tokens, num_experts = router_logits.shape
-    ids = torch.empty((num_tokens, top_k), dtype=torch.int32, device=router_logits.device)
-    scores = torch.empty((num_tokens, top_k), dtype=torch.float32, device=router_logits.device)
-    block = 16
-    _route_kernel[(ceil_div(num_tokens, block),)](
-        router_logits,
-        ids,
-        scores,
-        num_tokens,
-        num_experts,
-        K=top_k,
-        BLOCK=block,
-        BINS=power_of_two_at_least(num_experts, 16),
-        num_warps=2,
-    )
-    return ids, scores
-
-
 def gather_rows_triton(
     x: torch.Tensor,
     expert_ids: torch.Tensor,
@@ -274,17 +230,6 @@ _GATHER_CONSTANTS = {
 }
 
 AOT_SPECS = [
-    (
-        _route_kernel,
-        {
-            "logits_ptr": "*bf16",
-            "ids_ptr": "*i32",
-            "scores_ptr": "*fp32",
-            "num_tokens": "i32",
-            "num_experts": "i32",
-        },
-        {"K": 2, "BLOCK": 16, "BINS": 16},
-    ),
     (_gather_kernel, _GATHER_SIGNATURE, {**_GATHER_CONSTANTS, "MODE": STATIC_FP8}),
     (_gather_kernel, _GATHER_SIGNATURE, {**_GATHER_CONSTANTS, "MODE": STREAM_FP8}),
 ]

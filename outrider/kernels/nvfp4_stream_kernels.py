@@ -12,16 +12,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from outrider.kernels.gluon_names import async_load, barrier
 from outrider.kernels.nvfp4_decode import block_ptx
-
-# Names since, and before, Triton 3.7.
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 def _decode_asm(half: int) -> str:
@@ -118,9 +114,9 @@ def _copy(sources, stages, ready, row, tile, first, turn, turns):
     more = turn < turns
     SIZE: gl.constexpr = x_desc.block_type.nbytes + w_desc.block_type.nbytes + s_desc.block_type.nbytes
     mbarrier.expect(bar, SIZE, pred=more)
-    _load(x_desc, [4 * chunk + 2 * half, row, 0], bar, x_smem.index(stage), pred=more)
-    _load(w_desc, [tile, 4 * chunk, half, 0, 0], bar, w_smem.index(stage), pred=more)
-    _load(s_desc, [tile, 8 * chunk, 0], bar, s_smem.index(stage), pred=more)
+    async_load(x_desc, [4 * chunk + 2 * half, row, 0], bar, x_smem.index(stage), pred=more)
+    async_load(w_desc, [tile, 4 * chunk, half, 0, 0], bar, w_smem.index(stage), pred=more)
+    async_load(s_desc, [tile, 8 * chunk, 0], bar, s_smem.index(stage), pred=more)
 
 
 @gluon.jit
@@ -221,11 +217,11 @@ def _stream_kernel(
             # The tensor cores multiply the low half while the high half is decoded. No product runs across the loop's
             # end: the compiler would let the next turn compute the same registers anew under it.
             acc = _multiply(acc, stages, ready, 2 * step, _LOW_ASM, mma)
-            _barrier()  # every warp is past the last high half
+            barrier()  # every warp is past the last high half
             _copy(sources, stages, ready, row, tile, first, 2 * step + STAGES - 1, 2 * steps)
             acc = _multiply(acc, stages, ready, 2 * step + 1, _HIGH_ASM, mma)
             acc = warpgroup_mma_wait(2, deps=(acc,))  # both products of the low half
-            _barrier()
+            barrier()
             _copy(sources, stages, ready, row, tile, first, 2 * step + STAGES, 2 * steps)
             acc = warpgroup_mma_wait(0, deps=(acc,))
 

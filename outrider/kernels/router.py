@@ -13,14 +13,14 @@ import triton.language as tl
 
 from outrider.kernels._dispatch import arrival_counters, ceil_div, on_gpu, power_of_two_at_least
 from outrider.kernels.gemm import linear
-from outrider.kernels.moe import route
+from outrider.kernels.moe import route_reference
 
 ROWS, STEP, SPLIT = 16, 128, 8
 """Rows and columns of a tile, and parts of the depth: 5 steps of Scout's 5,120 each, 256 programs at 512 rows."""
 
 
 def route_rows(x: torch.Tensor, weight: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``moe.route`` of ``x[T, M] @ weight[E, M].T``: ids int32 ``[T, k]`` and sigmoid scores float32 ``[T, k]``.
+    """``moe.route_reference`` of ``x[T, M] @ weight[E, M].T``: ids int32 and sigmoid scores float32, both ``[T, k]``.
 
     Logits are accumulated in float32 and rounded to the dtype of ``x``, as the product alone would be.
     """
@@ -32,7 +32,7 @@ def route_rows_reference(
     x: torch.Tensor, weight: torch.Tensor, top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The contract of ``route_rows`` as two operations."""
-    return route(linear(x, weight), top_k)
+    return route_reference(linear(x, weight), top_k)
 
 
 @triton.jit(do_not_specialize=("num_rows",))

@@ -170,7 +170,7 @@ def test_experts_streamed_as_fp8(tokens, tiles, expert_range):
     """Guards: ragged groups, rows of other ranks, split depth, gate and up mixed up."""
     up, down = random_weights(4, 1024, 1024), random_weights(4, 1024, 512)
     x = torch.randn(tokens, 1024, device=DEVICE, dtype=torch.bfloat16) * 0.03
-    ids, scores = moe.route(torch.randn(tokens, 4 if expert_range is None else 8, device=DEVICE), 1)
+    ids, scores = moe.route_reference(torch.randn(tokens, 4 if expert_range is None else 8, device=DEVICE), 1)
     ids[0, 0] = expert_range[0] if expert_range else 0  # at least one row is this rank's
     exact = moe.moe_nvfp4_reference(x, ids, scores, *up, *down, expert_range)
     weights = (*repacked(*up[:2], True), up[2], *repacked(*down[:2], False), down[2])
@@ -187,7 +187,7 @@ def test_every_tile_gives_the_same_bits(tile):
     small = (StreamTile(16, 4, 3, 4),) * 2
     for tokens in (1, 130, 400):
         x = torch.randn(tokens, 5120, device=DEVICE, dtype=torch.bfloat16) * 0.03
-        ids, scores = moe.route(torch.randn(tokens, 4, device=DEVICE), 1)
+        ids, scores = moe.route_reference(torch.randn(tokens, 4, device=DEVICE), 1)
         ids[ids == 1] = 3
         expected = moe_nvfp4_repacked(x, ids, scores, *weights, None, small)
         for _ in range(3):

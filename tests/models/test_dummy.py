@@ -11,7 +11,7 @@ import torch
 
 from outrider.errors import ConfigError
 from outrider.kernels import router
-from outrider.kernels.moe import route
+from outrider.kernels.moe import route_reference
 from outrider.models.config import ModelConfig
 from outrider.models.memory import GIB, check_fits, kv_bytes, weight_bytes
 from outrider.models.registry import load_model
@@ -45,11 +45,11 @@ def test_dummy_runs(references: References, folder: str, monkeypatch: pytest.Mon
     chosen: list[torch.Tensor] = []
 
     def spy(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, scores = route(logits, top_k)
+        ids, scores = route_reference(logits, top_k)
         chosen.append(ids[:, 0])
         return ids, scores
 
-    monkeypatch.setattr(router, "route", spy)
+    monkeypatch.setattr(router, "route_reference", spy)
     config = replace(references.config(folder), hidden_size=256, num_experts=8)
     model = _dummy(config, F32)
     ids = torch.randint(0, config.vocab_size, (120,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -115,7 +115,7 @@ def _second_best(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.
 
 
 def _renormalised(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    ids, scores = moe_ops.route(logits, top_k)
+    ids, scores = moe_ops.route_reference(logits, top_k)
     return ids, scores / scores.sum(-1, keepdim=True)
 
 
@@ -160,9 +160,9 @@ CODE_MISTAKES: dict[str, Patch] = {
     "temperature in rope layers": _replacing(layers, "qkv_rope_store", _temperature_everywhere),
     "positions restart in a chunk": _replacing(layers, "qkv_rope_store", _positions_restart),
     "sliding window instead of chunks": _replacing(layers, "paged_attention", _sliding_window),
-    "softmax router": _replacing(router, "route", _softmax_scores),
-    "scores renormalised": _replacing(router, "route", _renormalised),
-    "second-best expert": _replacing(router, "route", _second_best),
+    "softmax router": _replacing(router, "route_reference", _softmax_scores),
+    "scores renormalised": _replacing(router, "route_reference", _renormalised),
+    "second-best expert": _replacing(router, "route_reference", _second_best),
     "score on the output": _replacing(experts, "moe_bf16", _score_on_output),
     "up before gate": _replacing(experts, "moe_bf16", _up_first),
     "no shared expert": _no_shared_expert,
