@@ -54,12 +54,23 @@ class DecoderLayer:
         self.feed_forward = feed_forward
 
     def __call__(
-        self, x: Addend, residual: torch.Tensor | None, batch: Batch, kv: KVCache
+        self,
+        x: Addend,
+        residual: torch.Tensor | None,
+        batch: Batch,
+        kv: KVCache,
+        rows: torch.Tensor | None = None,
     ) -> tuple[Addend, torch.Tensor]:
-        """``(x, residual)`` whose sum is the hidden state; ``residual`` None means that ``x`` alone is it."""
+        """``(x, residual)`` whose sum is the hidden state; ``residual`` None means that ``x`` alone is it.
+
+        With ``rows`` int64 ``[N]`` the result has these rows alone; all of them leave keys and values.
+        """
         normed = self.input_norm.before(self.attention.qkv, x, residual)
         residual = summed(x) if residual is None else residual
-        out = self._fed_forward(self.attention(normed, batch, kv), residual)
+        attended = self.attention(normed, batch, kv)
+        if rows is not None:
+            attended, residual = attended[rows], residual[rows]
+        out = self._fed_forward(attended, residual)
         if self.parallel.tp_size > 1:
             out = self.parallel.all_reduce(summed(out))
         return out, residual
@@ -138,10 +149,13 @@ class Decoder(ABC):
 
     @contextmanager
     def shortened(self) -> Iterator[None]:
-        """Within, ``forward`` runs one layer of each kind: every kernel of a step, in a fraction of the time."""
+        """Within, ``forward`` runs one layer of each kind: every kernel of a step, in a fraction of the time.
+
+        The last layer runs besides, because it may run with other numbers of rows.
+        """
         layers = self.layers
         kinds = {(layer.attention.kind, layer.feed_forward.kind): layer for layer in layers}
-        self.layers = list(kinds.values())
+        self.layers = [*kinds.values(), layers[-1]]
         try:
             yield
         finally:
@@ -149,17 +163,20 @@ class Decoder(ABC):
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: KVCache, hidden: torch.Tensor | None = None) -> torch.Tensor:
-        """``[T, M]``: normed hidden states on the last stage, before it the hidden states for the next one.
+        """``[N, M]``: normed hidden states of ``batch.output_rows``; before the last stage ``[T, M]`` for the next one.
 
         ``hidden`` is what the stage before returned; None on the first stage.
         """
         x: Addend = self.embed_batch(batch) if hidden is None else hidden
         residual: torch.Tensor | None = None
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             x, residual = layer(x, residual, batch, kv)
+        # Behind the last attention no token needs the others.
+        rows = batch.output_rows if self.norm is not None else None
+        x, residual = self.layers[-1](x, residual, batch, kv, rows)
         if self.norm is not None:
             return self.norm(x, residual).y
-        return summed(x) if residual is None else residual.add_(summed(x))
+        return residual.add_(summed(x))
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

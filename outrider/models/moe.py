@@ -45,7 +45,7 @@ class MoE(FeedForward):
 
     def __call__(self, x: Normed) -> LazySum:
         """``[T, M]``: this rank's share of the output; ``x.fp8`` is the shared expert's."""
-        shared = run_beside(lambda: self.shared(x.operand), x.y.device)
+        shared = run_beside(lambda: self.shared(x.operand), x.y)
         expert_ids, scores = route_rows(x.y, self.router, self.top_k)
         return LazySum(self.experts(x.y, expert_ids, scores), shared())
 

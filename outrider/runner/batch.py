@@ -42,9 +42,13 @@ class ImageBatch:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """``token_ids`` and ``positions`` int64 ``[T]``; ``images`` where image features replace embeddings."""
+    """``token_ids`` and ``positions`` int64 ``[T]``; ``images`` where image features replace embeddings.
+
+    ``output_rows`` int64 ``[N]``: the tokens whose hidden states are wanted; None for all.
+    """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
     attention: AttentionBatch
     images: ImageBatch | None = None
+    output_rows: torch.Tensor | None = None

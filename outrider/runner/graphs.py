@@ -68,7 +68,7 @@ class StepGraphs:
         return captured.batch
 
     def replay(self, shape: StepShape) -> torch.Tensor:
-        """Hidden states ``[num_tokens, M]`` of the loaded step; valid until the next replay of any shape."""
+        """Hidden states ``[num_seqs, M]`` of the last tokens; valid until the next replay of any shape."""
         captured = self._captured[shape]
         captured.graph.replay()
         return captured.output
@@ -101,7 +101,7 @@ class StepGraphs:
             block_tables=np.zeros((num_groups, 0, self._num_blocks), dtype=np.int32),
             device_tokens=none,
             device_rows=none,
-            sample_tokens=none,
+            sample_seqs=none,
             sample_rows=none,
             output_index=none,
             num_decodes=0,
@@ -115,7 +115,7 @@ class StepGraphs:
         arrays = self._empty_step(shape)
         buffer, tensors = self._staging.allocate(arrays.model_inputs(), within=self._inputs)
         self._staging.upload(arrays.model_inputs(), buffer)
-        token_ids, positions, slots, query_start, seq_lens, block_tables = tensors
+        token_ids, positions, slots, query_start, seq_lens, block_tables, last_tokens = tensors
         attention = AttentionBatch(
             query_start=query_start,
             seq_lens=seq_lens,
@@ -125,7 +125,9 @@ class StepGraphs:
             max_query_len=arrays.max_query_len,
             max_seq_len=arrays.max_seq_len,
         )
-        return buffer, Batch(token_ids, positions, attention)
+        # Where every token is its sequence's last there is nothing to leave out.
+        output_rows = last_tokens if shape.prefill_tokens else None
+        return buffer, Batch(token_ids, positions, attention, output_rows=output_rows)
 
     @torch.inference_mode()
     def _capture(self, shape: StepShape) -> _Captured:

@@ -1,6 +1,6 @@
 """One rank: a plan in, a launched step out. Called by the executors; knows no requests and no queue.
 
-    apply plan to rows -> index arrays -> Batch -> model -> logits of the wanted rows -> sampler -> ids
+    apply plan to rows -> index arrays -> Batch -> model -> logits of the last tokens -> sampler -> ids
 
 Ids stay on the device (``_last_ids``) for the next step and are copied to the host in the background.
 """
@@ -119,10 +119,12 @@ class ModelRunner:
         """The graph shape of the step; None where a step needs more than a graph holds."""
         if self._graphs is None or (self._images is not None and self._images.touches(plan.slices)):
             return None
+        return None if self._scores_prompts(arrays) else self._graphs.shape_of(arrays)
+
+    def _scores_prompts(self, arrays: StepArrays) -> bool:
+        """Whether log-probabilities of prompt tokens are wanted, for which every hidden state is."""
         inits = (self.table.inits[row] for row in arrays.rows[arrays.num_decodes :].tolist())
-        if any(init is not None and init.sampling.prompt_logprobs is not None for init in inits):
-            return None
-        return self._graphs.shape_of(arrays)
+        return any(init is not None and init.sampling.prompt_logprobs is not None for init in inits)
 
     def _forward(self, plan: StepPlan, arrays: StepArrays, shape: StepShape | None) -> torch.Tensor:
         if shape is not None and self._graphs is not None:
@@ -138,7 +140,7 @@ class ModelRunner:
         return self.model.forward(batch, self.kv, self._parallel.receive_previous(hidden))
 
     def _batch(self, plan: StepPlan, arrays: StepArrays) -> Batch:
-        token_ids, positions, slots, query_start, seq_lens, tables = self._staging.upload(
+        token_ids, positions, slots, query_start, seq_lens, tables, last_tokens = self._staging.upload(
             arrays.model_inputs()
         )
         self._fill_ids(token_ids, arrays)
@@ -152,7 +154,8 @@ class ModelRunner:
             max_seq_len=arrays.max_seq_len,
         )
         images = self._images.batch(plan.slices, arrays) if self._images is not None else None
-        return Batch(token_ids, positions, attention, images)
+        wants_all = len(token_ids) == len(seq_lens) or self._scores_prompts(arrays)
+        return Batch(token_ids, positions, attention, images, None if wants_all else last_tokens)
 
     def _fill_ids(self, token_ids: torch.Tensor, arrays: StepArrays) -> None:
         """Ids that only the device knows: what the last steps sampled."""
@@ -161,12 +164,17 @@ class ModelRunner:
             token_ids[tokens] = self._last_ids[rows]
 
     def _sample(self, plan: StepPlan, arrays: StepArrays, states: torch.Tensor) -> Sampled:
-        """Ids of the sampling rows, also kept on the device for the next step."""
-        rows = arrays.sample_rows
-        tokens, row_ids, *params = self._staging.upload(
-            [arrays.sample_tokens, rows, *self.table.sampling_arrays(rows, arrays.output_index)]
+        """Ids of the sampling rows, also kept on the device for the next step.
+
+        ``states``: the hidden states of the sequences' last tokens, or of all tokens.
+        """
+        rows, wanted = arrays.sample_rows, arrays.sample_seqs
+        if len(states) != len(arrays.seq_lens):
+            wanted = arrays.last_tokens[wanted]
+        states_wanted, row_ids, *params = self._staging.upload(
+            [wanted, rows, *self.table.sampling_arrays(rows, arrays.output_index)]
         )
-        logits = self.model.logits(states[tokens])
+        logits = self.model.logits(states[states_wanted])
         sampled = self.sampler.sample(logits, rows, SamplingRows(*params), arrays.output_index, plan.masks)
         self._last_ids[row_ids] = sampled.ids.clamp(min=0)
         return sampled

@@ -141,7 +141,7 @@ def pad(arrays: StepArrays, shape: StepShape, num_blocks: int, max_seq_len: int)
         seq_lens=seq_lens,
         block_tables=tables,
         device_tokens=moved(arrays.device_tokens),
-        sample_tokens=moved(arrays.sample_tokens),
+        sample_seqs=moved(arrays.sample_seqs),
         num_decodes=shape.decodes,
         max_query_len=max(1, shape.prefill_tokens),
         max_seq_len=max_seq_len,

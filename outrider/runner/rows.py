@@ -32,15 +32,20 @@ class StepArrays:
     block_tables: NDArray[np.int32]  # [G, S, B]
     device_tokens: IntArray  # indices into [T] whose id comes from the device
     device_rows: IntArray  # the rows they come from
-    sample_tokens: IntArray  # [N] indices into [T] of the tokens to sample from
+    sample_seqs: IntArray  # [N] indices into [S] of the sequences to sample from
     sample_rows: IntArray  # [N]
     output_index: IntArray  # [N]
     num_decodes: int
     max_query_len: int
     max_seq_len: int
 
+    @property
+    def last_tokens(self) -> IntArray:
+        """[S] indices into [T] of each sequence's last token; 0 where there is none yet."""
+        return np.maximum(self.query_start[1:].astype(np.int64) - 1, 0)
+
     def model_inputs(self) -> list[np.ndarray]:
-        """What the model reads: ids, positions, slots, query starts, lengths, block tables."""
+        """What the model reads: ids, positions, slots, query starts, lengths, block tables, last tokens."""
         return [
             self.token_ids,
             self.positions,
@@ -48,6 +53,7 @@ class StepArrays:
             self.query_start,
             self.seq_lens,
             self.block_tables,
+            self.last_tokens,
         ]
 
 
@@ -114,7 +120,7 @@ class RowTable:
             block_tables=self.tables[:, rows, :width],
             device_tokens=last[device],
             device_rows=rows[device],
-            sample_tokens=last[samples],
+            sample_seqs=np.flatnonzero(samples),
             sample_rows=rows[samples],
             output_index=np.array([s.output_index for s in slices], dtype=np.int64)[samples],
             num_decodes=num_decodes,

@@ -27,9 +27,12 @@ def test_kernels_that_run_beside_others_count_apart():
 
 
 def test_work_beside_runs_in_the_second_lane(monkeypatch):
-    """Guards the use of it: streams are pretended, the lane is the real one."""
+    """Guards the use of it, and many rows that run at once: streams are pretended, the lane is the real one."""
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mock.MagicMock())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(beside, "_second_stream", lambda device: mock.MagicMock())
-    join = beside.run_beside(lambda: arrival_counters(CPU), torch.device("cuda"))
-    assert join().data_ptr() != arrival_counters(CPU).data_ptr()
+    x = mock.MagicMock(is_cuda=True)
+    for num_rows, is_beside in ((beside.MOST_ROWS, True), (beside.MOST_ROWS + 1, False)):
+        x.__len__.return_value = num_rows
+        join = beside.run_beside(lambda: arrival_counters(CPU), x)
+        assert (join().data_ptr() != arrival_counters(CPU).data_ptr()) is is_beside

@@ -96,7 +96,8 @@ def test_gather_sorts_rows_by_expert(monkeypatch, mode, tokens, top_k, lone_rows
         codes, row_scale = quantize_fp8_rowwise_reference(expected)
         codes = codes.float().unflatten(1, (-1, 8, 4, 4, 4)).permute(0, 1, 3, 4, 2, 5).flatten(1)
         assert torch.equal(rows.scale[: len(local)], row_scale)
-        assert torch.equal(got, codes) if not GPU else (got == codes).float().mean() > 0.99
+        # A GPU may divide another way: a code on the edge becomes its neighbour, an eighth away.
+        assert torch.equal(got, codes) if not GPU else torch.allclose(got, codes, rtol=0.13, atol=2.0**-9)
 
 
 @pytest.mark.parametrize("tiles", TILES)

@@ -26,8 +26,8 @@ SHARED = Path(os.environ.get("OUTRIDER_SHARED", Path(__file__).parents[2].parent
 FIXTURE = SHARED / "fixtures/llama4-tiny-a/bf16"
 
 
-def batch_of(arrays: StepArrays) -> Batch:
-    ids, positions, slots, query_start, seq_lens, tables = (
+def batch_of(arrays: StepArrays, only_last: bool = False) -> Batch:
+    ids, positions, slots, query_start, seq_lens, tables, last_tokens = (
         torch.from_numpy(np.ascontiguousarray(a)) for a in arrays.model_inputs()
     )
     attention = AttentionBatch(
@@ -39,7 +39,7 @@ def batch_of(arrays: StepArrays) -> Batch:
         arrays.max_query_len,
         arrays.max_seq_len,
     )
-    return Batch(ids, positions, attention)
+    return Batch(ids, positions, attention, output_rows=last_tokens if only_last else None)
 
 
 def random_plan(rng: np.random.Generator, table: RowTable, num_decodes: int, prompts: list[int]) -> StepPlan:
@@ -66,7 +66,10 @@ def random_plan(rng: np.random.Generator, table: RowTable, num_decodes: int, pro
     ],
 )
 def test_padding_changes_no_real_row(num_decodes: int, prompts: list[int], shape: StepShape) -> None:
-    """A wrong query start, slot or table in the padded layout shows in the hidden states or the cache."""
+    """A wrong query start, slot or table in the padded layout shows in the hidden states or the cache.
+
+    The padded step's last layer goes on with the sequences' last tokens alone, as in a graph.
+    """
     rng = np.random.default_rng(num_decodes)
     config = load_model_config(FIXTURE)
     model = load_model(
@@ -91,8 +94,10 @@ def test_padding_changes_no_real_row(num_decodes: int, prompts: list[int], shape
     noise = torch.randn(kv[0].data.shape)
     for cache in kv:
         cache.data.copy_(noise)
-    exact = model.forward(batch_of(arrays), kv[0])[arrays.sample_tokens]
-    poured = model.forward(batch_of(padded), kv[1])[padded.sample_tokens]
+    exact = model.forward(batch_of(arrays), kv[0])[arrays.last_tokens[arrays.sample_seqs]]
+    states = model.forward(batch_of(padded, only_last=True), kv[1])
+    assert len(states) == shape.num_seqs
+    poured = states[padded.sample_seqs]
     torch.testing.assert_close(poured, exact, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(kv[1].data[:, 1:], kv[0].data[:, 1:], rtol=1e-4, atol=1e-4)
 
