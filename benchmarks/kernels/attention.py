@@ -27,12 +27,15 @@ DECODE_TILES = [
     )
 ]  # fmt: skip
 PROGRAMS_PER_SM = (1, 4, 8, 32, 64)
-PREFILL_TILES = [
-    PrefillTile(*constants)
-    for constants in (
-        (64, 64, 4, 2), (64, 128, 4, 2), (128, 32, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2),
-        (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), (256, 64, 8, 2), (256, 32, 8, 3),
-    )
+PREFILL_TILES: list[PrefillTile | None] = [
+    None,
+    *(
+        PrefillTile(*constants)
+        for constants in (
+            (64, 64, 4, 1), (64, 64, 4, 2), (64, 128, 4, 2), (128, 32, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2),
+            (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), (256, 64, 8, 2), (256, 32, 8, 3),
+        )
+    ),
 ]  # fmt: skip
 
 
@@ -85,8 +88,8 @@ def run_decode(pool: Pool, p: Problem, tile: DecodeTile, chunk: int | None = Non
     return p.out
 
 
-def run_prefill(pool: Pool, p: Problem, tile: PrefillTile, chunk: int | None = None) -> torch.Tensor:
-    """One prefill launch."""
+def run_prefill(pool: Pool, p: Problem, tile: PrefillTile | None, chunk: int | None = None) -> torch.Tensor:
+    """One prefill launch; None for the tile that the table has."""
     k, v = pool.cache(p.layer)
     prefill_attention(
         p.q, k, v, p.tables, p.query_start, p.seq_lens, 0, SM_SCALE, chunk, K_SCALE, V_SCALE, p.out, tile
@@ -122,9 +125,9 @@ def spread(mean: int, count: int) -> list[int]:
     return torch.linspace(mean * 2 / 3, mean * 4 / 3, count).long()[torch.randperm(count)].tolist()
 
 
-def check(report: Report, pool: Pool) -> tuple[list[DecodeTile], list[PrefillTile]]:
+def check(report: Report, pool: Pool) -> tuple[list[DecodeTile], list[PrefillTile | None]]:
     """Drop the variants that fail or are wrong on a ragged problem, with and without chunks."""
-    good: tuple[list[DecodeTile], list[PrefillTile]] = ([], [])
+    good: tuple[list[DecodeTile], list[PrefillTile | None]] = ([], [])
     lens = [1, 63, 64, 65, 700, 1025, 129, 2500]
     decode = pool.problem([1] * len(lens), lens, 1)
     prefill = pool.problem([1, 60, 2, 65, 300, 26, 129, 700], lens, 2)
@@ -134,7 +137,7 @@ def check(report: Report, pool: Pool) -> tuple[list[DecodeTile], list[PrefillTil
     ):
         expected = {chunk: oracle(pool, problem, chunk) for chunk in (None, 512)}
         for tile in tiles:
-            name = f"{type(tile).__name__}{tuple(tile)}"
+            name = f"{type(tile).__name__}{tuple(tile or ())}"
             try:
                 errors = []
                 for chunk, exact in expected.items():
@@ -167,7 +170,7 @@ def time_prefill(
     queries: list[int],
     lens: list[int],
     chunk: int | None,
-    tiles: list[PrefillTile],
+    tiles: list[PrefillTile | None],
 ) -> None:
     """Rows of one prefill shape, one for each tile."""
     pairs = 0
@@ -178,7 +181,9 @@ def time_prefill(
     name = f"prefill {len(queries)} x {queries[0]} of {lens[0]}" + (f" chunk {chunk}" if chunk else "")
     for tile in tiles:
         calls = [lambda p=p, tile=tile: run_prefill(pool, p, tile, chunk) for p in problems]
-        report.compute(name, str(tuple(tile)), graph_us(calls, 5), 4.0 * D * H * pairs, "bf16")
+        report.compute(
+            name, str(tuple(tile)) if tile else "table", graph_us(calls, 5), 4.0 * D * H * pairs, "bf16"
+        )
 
 
 def main() -> None:
@@ -188,7 +193,7 @@ def main() -> None:
     report = Report("attention", args.json)
     pool = Pool(min(90_000, torch.cuda.mem_get_info()[0] * 6 // 10 // (LAYERS * 2 * K * BLOCK * D)))
     if args.quick:
-        DECODE_TILES[:], PREFILL_TILES[:] = [DecodeTile()], [PrefillTile()]
+        DECODE_TILES[:], PREFILL_TILES[:] = [DecodeTile()], [None]
     decode_tiles, prefill_tiles = check(report, pool)
     if not args.quick:
         for batch, context in ((150, 1536), (1, 1024), (512, 1536)):
@@ -208,7 +213,7 @@ def main() -> None:
         ([8192], [20000], 8192),
         ([300], [1024], None),
     ):
-        time_prefill(report, pool, queries, lens, chunk, [PrefillTile()])
+        time_prefill(report, pool, queries, lens, chunk, [None])
     report.write()
 
 

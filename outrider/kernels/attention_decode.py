@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from outrider.kernels._dispatch import arrival_counters, ceil_div, interpreted, num_sms, power_of_two_at_least
 from outrider.kernels.attention_merge import _merge_kernel, merge_group, split_bounds, store_rows
@@ -28,10 +29,9 @@ TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.f
 class DecodeTile(NamedTuple):
     """Launch constants: tokens a step of the loop reads, warps, pipeline depth, programs wanted for each SM.
 
-    H200, 2026-11-23, 8 kv heads of 128 in FP8: 512 x 1,536 tokens in 413 us = 3.9 TB/s (3 stages: 446 us), 150 x
-    1,536 in 145 us (157 us); 2 warps with 3 stages come near at 422 and 146 us.
-    benchmarks/results/kernels_attention_h200.json
-    2026-11-26: 170 x 1,410 in 135 us with 8 programs for each SM, 140 with 16; 400 and 512 sequences do not care.
+    H200, 2026-11-27, 8 kv heads of 128 in FP8 under load: 512 x 1,536 tokens in 404 us = 4.0 TB/s (4 stages 432, 3
+    stages 443, any number of registers 421, copies by every thread 438), 405 x 1,750 358 us (394), 240 x 1,500 191 us
+    (206), 110 x 1,400 100 us (106), 17 x 8,000 89 us (96); 16 programs for each SM 5 % more: trials_h200.txt.
     """
 
     tokens: int = 64
@@ -40,11 +40,13 @@ class DecodeTile(NamedTuple):
     programs_per_sm: int = 8
     merge_at_once: int = 0
     """Splits that the last program of a kv head merges at a time; 0: a kernel of its own merges them."""
+    registers: int | None = 96
+    """Most of a thread: with 96 five programs of four warps share a multiprocessor."""
 
 
 SMALL_STEP_TILES = (
-    (1, DecodeTile(programs_per_sm=4, merge_at_once=8)),
-    (16, DecodeTile(programs_per_sm=2, merge_at_once=16)),
+    (1, DecodeTile(programs_per_sm=4, merge_at_once=8, registers=None)),
+    (16, DecodeTile(programs_per_sm=2, merge_at_once=16, registers=None)),
 )
 """(most sequences, tile).
 
@@ -74,9 +76,33 @@ def load_kv(
     return tl.load(ptr + offsets, mask=((start + rows) < end)[:, None], other=0.0)
 
 
+@triton.jit
+def _fold(state, q, k, v, visible, score_scale, PAIRS: tl.constexpr, MASKED: tl.constexpr):
+    """The running softmax ``(acc, acc_odd, best, total)`` after a tile of keys and values; see ``_decode_kernel``."""
+    acc, acc_odd, best, total = state
+    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+    if MASKED:
+        scores = tl.where(visible[None, :], scores, float("-inf"))
+    new_best = tl.maximum(best, tl.max(scores, 1))
+    shrink = tl.exp2((best - new_best) * score_scale)
+    probs = tl.exp2(scores * score_scale - (new_best * score_scale)[:, None])
+    total = total * shrink + tl.sum(probs, 1)
+    probs = probs.to(q.dtype)
+    if PAIRS:
+        low = v.to(tl.int8).to(tl.float8e4nv, bitcast=True).to(q.dtype)
+        high = (v >> 8).to(tl.int8).to(tl.float8e4nv, bitcast=True).to(q.dtype)
+        acc = tl.dot(probs, low, acc * shrink[:, None])
+        acc_odd = tl.dot(probs, high, acc_odd * shrink[:, None])
+    else:
+        acc = tl.dot(probs, v.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
+    return acc, acc_odd, new_best, total
+
+
 @triton.jit(do_not_specialize=("table_stride", "num_splits"))
 def _decode_kernel(
     q_ptr,
+    k_desc,
+    v_desc,
     k_ptr,
     v_ptr,
     tables_ptr,
@@ -105,6 +131,8 @@ def _decode_kernel(
     OVERLAP: tl.constexpr,
 ):
     # With MERGE the last program of a kv head to arrive merges its splits, so many at once: always in their order.
+    # With descriptors the copy engine reads the tiles that are visible as a whole, which takes no thread's time; it
+    # cannot leave out what lies behind the last token, a NaN perhaps.
     wait_for_inputs(OVERLAP)
     kv_head, seq, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(seq_lens_ptr + seq)
@@ -133,31 +161,34 @@ def _decode_kernel(
     # FP8 values are read as pairs of 16 bits: the matrix units want two tokens side by side, a transposition that
     # shared memory offers for 16-bit elements only. Even and odd dimensions then have a product each.
     PAIRS: tl.constexpr = v_ptr.dtype.element_ty == tl.float8e4nv
-    acc = tl.zeros([16, D // 2 if PAIRS else D], tl.float32)
+    WIDTH: tl.constexpr = D // 2 if PAIRS else D
+    acc = tl.zeros([16, WIDTH], tl.float32)
+    acc_odd = tl.zeros([16, WIDTH], tl.float32)
+    state = (acc, acc_odd, best, total)
     if PAIRS:
         v_ptr = v_ptr.to(tl.pointer_type(tl.int16))
-        acc_odd = tl.zeros([16, D // 2], tl.float32)
-    for tile in tl.range(first, end):
+        v_stride = block_stride // 2
+    else:
+        v_stride = block_stride
+    if k_desc is not None:
+        whole = tl.minimum(end, tl.maximum(length // TILE, first))
+        for tile in tl.range(first, whole):
+            start = tile * TILE
+            row = tl.load(table_ptr + start // BLOCK_SIZE) * (block_stride // D) + start % BLOCK_SIZE
+            row += kv_head * (head_stride // D)
+            k = k_desc.load([row, 0])
+            v = v_desc.load([row, 0])
+            state = _fold(state, q, k, v, None, score_scale, PAIRS, False)
+        first = whole
+    # Behind descriptors this is one tile or none.
+    for tile in tl.range(first, end, num_stages=1 if k_desc is not None else None):
         start = tile * TILE
-        k = load_kv(k_ptr, table_ptr, start, length, block_stride, BLOCK_SIZE, TILE, D)
-        scores = tl.dot(q, tl.trans(k.to(COMPUTE)), input_precision="ieee")
         tokens = start + tl.arange(0, TILE)
-        scores = tl.where(((tokens >= begin) & (tokens < length))[None, :], scores, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, 1))
-        shrink = tl.exp2((best - new_best) * score_scale)
-        probs = tl.exp2(scores * score_scale - (new_best * score_scale)[:, None])
-        total = total * shrink + tl.sum(probs, 1)
-        probs = probs.to(COMPUTE)
-        if PAIRS:
-            pairs = load_kv(v_ptr, table_ptr, start, length, block_stride // 2, BLOCK_SIZE, TILE, D // 2)
-            low = pairs.to(tl.int8).to(tl.float8e4nv, bitcast=True).to(COMPUTE)
-            high = (pairs >> 8).to(tl.int8).to(tl.float8e4nv, bitcast=True).to(COMPUTE)
-            acc = tl.dot(probs, low, acc * shrink[:, None])
-            acc_odd = tl.dot(probs, high, acc_odd * shrink[:, None])
-        else:
-            v = load_kv(v_ptr, table_ptr, start, length, block_stride, BLOCK_SIZE, TILE, D)
-            acc = tl.dot(probs, v.to(COMPUTE), acc * shrink[:, None], input_precision="ieee")
-        best = new_best
+        visible = (tokens >= begin) & (tokens < length)
+        k = load_kv(k_ptr, table_ptr, start, length, block_stride, BLOCK_SIZE, TILE, D)
+        v = load_kv(v_ptr, table_ptr, start, length, v_stride, BLOCK_SIZE, TILE, WIDTH)
+        state = _fold(state, q, k, v, visible, score_scale, PAIRS, True)
+    acc, acc_odd, best, total = state
     if PAIRS:
         acc = tl.reshape(tl.join(acc, acc_odd), [16, D])
     group = (seq.to(tl.int64) * tl.num_programs(0) + kv_head) * GROUP
@@ -232,6 +263,7 @@ def decode_attention(
     chunk = chunk_size or 0
     _decode_kernel[(kv_heads, num_seqs, num_splits)](
         q,
+        *_descriptors(k_cache, v_cache, tile.tokens, chunk),
         k_cache,
         v_cache,
         block_tables,
@@ -259,6 +291,7 @@ def decode_attention(
         QUANTIZE=out_scale is not None,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        maxnreg=tile.registers,
         **overlap_options(q.device, num_seqs),
     )
     if num_splits > 1 and not merge:
@@ -270,8 +303,33 @@ def decode_attention(
     )  # fmt: skip
 
 
+def _descriptors(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, tokens: int, chunk: int
+) -> tuple[TensorDescriptor, TensorDescriptor] | tuple[None, None]:
+    """An FP8 cache as rows of one kv head's keys, and of its values in pairs, for the copy engine.
+
+    None where tiles of ``tokens`` cross the border of a block or of a chunk of tokens that see each other.
+    """
+    num_blocks, kv_heads, block_size, head_dim = k_cache.shape
+    strides = k_cache.stride()[:2]
+    divisible = all(size % tokens == 0 for size in (block_size, chunk)) and all(
+        stride % head_dim == 0 for stride in strides
+    )
+    if k_cache.dtype != FP8 or not divisible:
+        return None, None
+    last = (num_blocks - 1) * strides[0] + (kv_heads - 1) * strides[1]
+    size = (last // head_dim + block_size, head_dim)
+    k_rows, v_rows = (cache.as_strided(size, (head_dim, 1)) for cache in (k_cache, v_cache))
+    return (
+        TensorDescriptor.from_tensor(k_rows, [tokens, head_dim]),
+        TensorDescriptor.from_tensor(v_rows.view(torch.int16), [tokens, head_dim // 2]),
+    )
+
+
 _POINTERS = {
     "q_ptr": "*bf16",
+    "k_desc": "tensordesc<fp8e4nv[64, 128]>",
+    "v_desc": "tensordesc<i16[64, 64]>",
     "k_ptr": "*fp8e4nv",
     "v_ptr": "*fp8e4nv",
     "tables_ptr": "*i32",
@@ -293,7 +351,11 @@ _NUMBERS = {
 }
 _QUANTIZED = {**_POINTERS, **_NUMBERS, "out_ptr": "*fp8e4nv"}
 _SHAPE = {"GROUP": 5, "D": 128, "BLOCK_SIZE": 64, "TILE": 64, "COMPUTE": tl.float16, "OVERLAP": True}
-_OPTIONS = {"num_warps": DecodeTile().num_warps, "num_stages": DecodeTile().num_stages}
+_OPTIONS = {
+    "num_warps": DecodeTile().num_warps,
+    "num_stages": DecodeTile().num_stages,
+    "maxnreg": DecodeTile().registers,
+}
 AOT_SPECS = [
     (
         _decode_kernel,

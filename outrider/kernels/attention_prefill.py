@@ -7,6 +7,7 @@ program finds its sequence by bisection in ``query_start``. The latest (longest)
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,16 +19,20 @@ from outrider.kernels.attention_merge import store_rows
 
 
 class PrefillTile(NamedTuple):
-    """Launch constants: packed query rows of a program, tokens a step of its loop reads, warps, pipeline depth.
+    """Launch constants: packed query rows of a program, tokens a step of its loop reads, warps, pipeline depth."""
 
-    H200, 2026-11-23, 40 query and 8 kv heads of 128: 8,192 tokens in 2.16 ms = 318 TFLOP/s; 8 warps 2.64 ms,
-    256 rows with 8 warps 2.14 ms (spills). benchmarks/results/kernels_attention_h200.json
-    """
+    rows: int
+    tokens: int
+    num_warps: int
+    num_stages: int
 
-    rows: int = 128
-    tokens: int = 64
-    num_warps: int = 4
-    num_stages: int = 2
+
+PREFILL_TILES = ((768, PrefillTile(64, 64, 4, 1)), (math.inf, PrefillTile(128, 64, 4, 2)))
+"""(most prompt tokens of a step, tile).
+
+H200, 2026-11-27, 40 query and 8 kv heads of 128: 8,192 tokens in 1.98 ms = 347 TFLOP/s (64 rows 2.46, 8 warps 2.43),
+1,024 in 54.6 us (64 rows 54.4), 512 behind 512 in 43.2 us (128 rows 52.5): trials_h200.txt
+"""
 
 
 @triton.jit
@@ -189,8 +194,8 @@ def prefill_attention(
 
     Rows behind the last sequence (graph padding) become zeros.
     """
-    tile = tile or PrefillTile()
     num_tokens, num_heads, head_dim = q.shape
+    tile = tile or next(t for most, t in PREFILL_TILES if num_tokens - num_decodes <= most)
     _, kv_heads, block_size, _ = k_cache.shape
     group = num_heads // kv_heads
     num_prefills = seq_lens.shape[0] - num_decodes
@@ -248,9 +253,18 @@ _SIGNATURE = {
     "out_scale_ptr": "*fp32",
 }
 _QUANTIZED = {**_SIGNATURE, "out_ptr": "*fp8e4nv"}
-_SHAPE = {"GROUP": 5, "D": 128, "BLOCK_SIZE": 64, "ROWS": 128, "TILE": 64, "COMPUTE": tl.float16}
-_OPTIONS = {"num_warps": PrefillTile().num_warps, "num_stages": PrefillTile().num_stages}
+_SHAPE = {"GROUP": 5, "D": 128, "BLOCK_SIZE": 64, "COMPUTE": tl.float16}
+
+
+def _aot_spec(tile: PrefillTile, signature: dict[str, str], chunk: int):
+    """(kernel, signature, constants, options) of one launch."""
+    quantize = signature is _QUANTIZED
+    constants = {**_SHAPE, "ROWS": tile.rows, "TILE": tile.tokens, "CHUNK": chunk, "QUANTIZE": quantize}
+    return _prefill_kernel, signature, constants, {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+
+
 AOT_SPECS = [
-    (_prefill_kernel, _SIGNATURE, {**_SHAPE, "CHUNK": 0, "QUANTIZE": False}, _OPTIONS),
-    (_prefill_kernel, _QUANTIZED, {**_SHAPE, "CHUNK": 8192, "QUANTIZE": True}, _OPTIONS),
+    _aot_spec(tile, signature, chunk)
+    for _, tile in PREFILL_TILES
+    for signature, chunk in ((_SIGNATURE, 0), (_QUANTIZED, 8192))
 ]
