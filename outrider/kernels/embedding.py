@@ -23,8 +23,8 @@ def embedding(token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 def embedding_reference(token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Plain-torch ``embedding``."""
-    return F.embedding(token_ids, table)
+    """Plain-torch ``embedding``, looked up where the table is."""
+    return F.embedding(token_ids.to(table.device), table).to(token_ids.device)
 
 
 @triton.jit
