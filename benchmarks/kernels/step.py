@@ -46,6 +46,8 @@ H200, 2026-11-27, four random batches: rows beyond the limit without a tie were 
 TIE_GAP, MOST_TIES = 0.1, 0.1
 """What counts as a tie, in standard deviations of the router's logits, and the largest share of rows that ties move.
 
+A single row is always allowed to be one: among few rows it is a large share.
+
 H200, 2026-11-26: of 612 rows 14 were beyond the limit and of 1,024 rows 42, all of them routed elsewhere; the rows that
 were routed alike differed by 0.062 at most, 0.044 in the median.
 """
@@ -240,9 +242,8 @@ def compare(scout: Scout, batch: Batch, expected: Expected) -> str | None:
     )
     if gap > TIE_GAP:
         return f"a row beyond {ROW_LIMIT} was no router tie (gap {gap:.3f})"
-    return (
-        None if float(far.double().mean()) <= MOST_TIES else f"{int(far.sum())} rows of {len(far)} are wrong"
-    )
+    is_few = int(far.sum()) <= max(1, MOST_TIES * len(far))
+    return None if is_few else f"{int(far.sum())} rows of {len(far)} are wrong"
 
 
 def list_kernels(scout: Scout, batch: Batch) -> None:

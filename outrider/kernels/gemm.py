@@ -7,6 +7,7 @@ the weights with their rows on the tensor core's M side. Many rows: cuBLASLt thr
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,14 @@ INVARIANT_TILES = {
 }
 """The one tile of ``--deterministic``: its sums do not follow the number of rows."""
 
+ONE_SCALE_ROWS: tuple[tuple[float, int], ...] = ((8192, 1536), (math.inf, 1024))
+"""(most outputs, most rows) for which cuBLASLt is asked with one scale, where there is only one: it has better kernels.
+
+H200, 2026-11-27, a scale a row and a column / one scale, us: 5,120 x 8,192 at 72 rows 24.8 / 15.9, 256 27.7 / 22.8, 512
+46.0 / 34.3, 1,024 69.0 / 60.0, 1,536 94.5 / 89.2, 2,048 115.8 / 117.6; 16,384 x 5,120 at 512 63.2 / 61.5, 1,280 152.9 /
+157.1: trials_h200.txt
+"""
+
 MAX_SPLIT_K = 16
 
 
@@ -87,12 +96,13 @@ def fp8_linear(
     x_scale: torch.Tensor | None,
     w_scale: torch.Tensor,
     out_dtype: torch.dtype,
+    one_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``(x · weightᵀ) · x_scale · w_scale -> [T, N]`` with a float32 accumulator.
 
     ``x`` e4m3 [T, K], ``weight`` e4m3 [N, K]; ``x_scale`` f32 of one element or [T] (a scale a row), or None where
     ``w_scale`` holds it too; ``w_scale`` f32 [N], one value an output, which keeps fused shards with different
-    scales exact.
+    scales exact. ``one_scale`` f32 of one element: both together, where they are the same for all rows and outputs.
     """
     if not on_gpu(x):
         return fp8_linear_reference(x, weight, x_scale, w_scale, out_dtype)
@@ -101,7 +111,7 @@ def fp8_linear(
         return gemv_triton(x, weight, x_scale, w_scale, out_dtype, lone)
     tile = _skinny_tile(x, weight)
     if tile is None:
-        return fp8_linear_cublas(x, weight, x_scale, w_scale, out_dtype)
+        return fp8_linear_cublas(x, weight, x_scale, w_scale, out_dtype, one_scale)
     return skinny_triton(x, weight, x_scale, w_scale, out_dtype, tile)
 
 
@@ -131,9 +141,13 @@ def fp8_linear_cublas(
     x_scale: torch.Tensor | None,
     w_scale: torch.Tensor,
     out_dtype: torch.dtype,
+    one_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``fp8_linear`` through torch's scaled product with a scale a row and a scale a column (bf16 out only)."""
-    if x_scale is None:
+    """``fp8_linear`` through torch's scaled product: one scale, or a scale a row and one a column (bf16 out only)."""
+    most_rows = next(rows for outputs, rows in ONE_SCALE_ROWS if weight.shape[0] <= outputs)
+    if one_scale is not None and x.shape[0] <= most_rows:
+        w_scale, row_scale = _ones(1, x.device), one_scale.reshape(1, 1)
+    elif x_scale is None:
         row_scale = _ones(power_of_two_at_least(x.shape[0], 1024), x.device)[: x.shape[0]]
     else:
         row_scale = x_scale.reshape(-1, 1).expand(x.shape[0], 1).contiguous()

@@ -94,6 +94,7 @@ class Fp8Linear:
         self.weight_scale = builder.empty(_num_rows(parts), dtype=torch.float32)
         self.product_scale = builder.empty(_num_rows(parts), dtype=torch.float32)
         self.scale = builder.empty(dtype=torch.float32)
+        self.one_scale: torch.Tensor | None = None
         self.bias = _add_bias(builder, parts, cols) if bias else None
         _add_matrix(builder, "weight", parts, self.weight, cols, pack=1)
         part_scales = _add_scalars(builder, "weight_scale", parts)
@@ -105,6 +106,8 @@ class Fp8Linear:
             # The parts see one input, so the exporter gives them one scale; the largest never saturates.
             self.scale.copy_(input_scales.max())
             torch.mul(self.weight_scale, self.scale, out=self.product_scale)
+            if bool((part_scales == part_scales[0]).all()):
+                self.one_scale = self.product_scale[:1]
 
         builder.after_load.append(finish)
 
@@ -115,7 +118,7 @@ class Fp8Linear:
     def __call__(self, x: Operand) -> torch.Tensor:
         """See ``Linear``."""
         codes = x.codes if isinstance(x, Fp8Rows) else quantize_fp8(x, self.scale)
-        y = fp8_linear(codes, self.weight, None, self.product_scale, self.out_dtype)
+        y = fp8_linear(codes, self.weight, None, self.product_scale, self.out_dtype, self.one_scale)
         return y if self.bias is None else y + self.bias
 
 

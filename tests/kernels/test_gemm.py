@@ -87,6 +87,18 @@ def test_cublas_product(per_row):
     assert error(gemm.fp8_linear_cublas(x, weight, x_scale, w_scale, torch.bfloat16), exact) < 5e-3
 
 
+@pytest.mark.skipif(not GPU, reason="cuBLASLt needs a GPU")
+@pytest.mark.parametrize("outputs", [384, 8320])
+def test_cublas_product_with_one_scale(outputs):
+    """Guards: the scale forgotten or taken twice, on both sides of the number of rows up to which it is asked for."""
+    scales = torch.full((outputs,), 0.37, device=DEVICE)
+    for rows in (70, 1024, 1600):
+        x, weight = e4m3(rows, 256), e4m3(outputs, 256)
+        exact = x.double() @ weight.double().T * scales.double()
+        out = gemm.fp8_linear_cublas(x, weight, None, scales, torch.bfloat16, scales[:1])
+        assert error(out, exact) < 5e-3
+
+
 @pytest.mark.parametrize(
     ("tiles", "steps", "wanted"), [(1, 1, 264), (80, 20, 264), (3158, 40, 264), (2, 7, 264)]
 )

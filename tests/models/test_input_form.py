@@ -43,6 +43,19 @@ def test_forms_change_no_bit(
     assert bool(out.isfinite().all()) and torch.equal(out, expected)
 
 
+def test_one_scale_is_that_of_all_parts(references: References) -> None:
+    """Guards: the first part's scale taken for parts that have others, or none found where all share one."""
+    found = []
+    for layer in references.model("fp8", torch.float32).layers:
+        for product in (layer.attention.qkv, layer.attention.o):
+            assert isinstance(product, Fp8Linear)
+            scales = product.product_scale
+            found.append(product.one_scale is not None)
+            assert found[-1] == bool((scales == scales[0]).all())
+            assert product.one_scale is None or torch.equal(product.one_scale, scales[:1])
+    assert True in found and False in found
+
+
 def test_who_may_leave_rows_to_other_ranks() -> None:
     """Guards: rows zeroed for nobody, or left as memory was where another rank's expert was chosen."""
     assert ExpertShape(4, (0, 4), 64, 64, (0, 64)).some_experts is None
