@@ -10,13 +10,14 @@ import ctypes
 import faulthandler
 import logging
 import os
-import queue
 import select
 import signal
 import socket
 import sys
 import threading
 import time
+from collections import deque
+from typing import NoReturn
 
 import msgspec
 
@@ -51,29 +52,68 @@ logger = logging.getLogger("outrider.engine")
 
 
 class Outbox:
-    """Writes frames from a thread of its own, so that a slow front end never holds up a step."""
+    """Writes frames in order: at once what the socket takes at once, the rest from a thread of its own.
+
+    So news leave before the next step is prepared, and a slow front end never holds up a step.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._frames: queue.SimpleQueue[object | None] = queue.SimpleQueue()
+        self._waiting: deque[object] = (
+            deque()
+        )  # its first is being written: the thread has the socket till then
+        self._changed = threading.Condition()
+        self._closing = False
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
         self._thread.start()
 
     def send(self, message: object) -> None:
-        """Queue a message; it must not be changed afterwards."""
-        self._frames.put(message)
+        """Write a message or queue it, never waiting for the reader; it must not be changed afterwards."""
+        with self._changed:
+            if self._waiting:
+                self._waiting.append(message)
+                return
+            frame = encode_frame(message)
+            sent = self._try_send(frame)
+            if sent < len(frame):
+                self._waiting.append(memoryview(frame)[sent:])
+                self._changed.notify()
 
     def close(self) -> None:
         """Write what is queued and end the thread."""
-        self._frames.put(None)
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
         self._thread.join(timeout=5)
 
-    def _run(self) -> None:
+    def _try_send(self, frame: bytes) -> int:
+        """How many bytes of ``frame`` the socket took without waiting."""
         try:
-            while (message := self._frames.get()) is not None:
-                self._sock.sendall(encode_frame(message))
+            return self._sock.send(frame, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
         except OSError:
-            os._exit(1)  # the front end is gone, and with it every client
+            _end_without_front_end()
+
+    def _run(self) -> None:
+        while (item := self._first()) is not None:
+            try:
+                self._sock.sendall(item if isinstance(item, memoryview) else encode_frame(item))
+            except OSError:
+                _end_without_front_end()
+            with self._changed:
+                self._waiting.popleft()
+
+    def _first(self) -> object | None:
+        """Wait for something to write; None when all is written and no more will come."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closing)
+            return self._waiting[0] if self._waiting else None
+
+
+def _end_without_front_end() -> NoReturn:
+    """The front end is gone, and with it every client."""
+    os._exit(1)
 
 
 class EngineLoop:
