@@ -167,6 +167,7 @@ def _prepare_http(engine_config: EngineConfig, server_config: ServerConfig) -> T
 
     tokenizer = Tokenizer.load(str(engine_config.tokenizer))
     load_chat_template(tokenizer, server_config.chat_template)
+    tokenizer.use_fastest_encoder()
     return tokenizer
 
 

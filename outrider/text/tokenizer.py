@@ -8,6 +8,8 @@ and from a chat template's own literals (see ``chat_template.py``). Never import
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,13 +19,19 @@ import tokenizers
 
 from outrider.errors import ConfigError
 from outrider.text.gguf_tokenizer import read_gguf_tokenizer
+from outrider.text.ranked_bpe import BYTE_OF_CHAR, RankedEncoder, Unequal
 
 MAX_TOKENIZER_FILE_BYTES = 256 << 20
+os.environ.setdefault(
+    "TOKENIZERS_PARALLELISM", "false"
+)  # a text at a time: no pool of threads, no hop to one
 _NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+logger = logging.getLogger("outrider.server")
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer. Immutable after construction, hence safe to share between threads."""
+    """A checkpoint's tokenizer. Its answers never change, hence it is safe to share between threads."""
 
     def __init__(
         self, backend: tokenizers.Tokenizer, config: dict[str, Any], chat_template: str | None
@@ -33,6 +41,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._ranked: RankedEncoder | None = None
         self.config = config
         self.chat_template = chat_template
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
@@ -71,6 +80,17 @@ class Tokenizer:
         config = _read_json(path / "tokenizer_config.json")
         return cls(backend, config, _find_chat_template(path, config))
 
+    def use_fastest_encoder(self) -> None:
+        """From now on encode with ``tiktoken`` if that is known to give the same ids; 2 s of work for Llama 4."""
+        try:
+            self._ranked = RankedEncoder(self._backend)
+        except Unequal as reason:
+            logger.info("Texts are encoded by tokenizers, not tiktoken: %s.", reason)
+        except Exception:
+            logger.exception("Texts are encoded by tokenizers: the encoder of tiktoken could not be built.")
+        else:
+            logger.info("Texts are encoded by tiktoken.")
+
     def encode(self, text: str, *, add_special_tokens: bool = True, allow_special: bool = False) -> list[int]:
         """Token ids of ``text``; with ``add_special_tokens`` what the checkpoint puts around a text (BOS).
 
@@ -78,9 +98,9 @@ class Tokenizer:
         """
         if allow_special:
             parts = self.split_special(text)
-            prefix = self._backend.encode("", add_special_tokens=True).ids if add_special_tokens else []
+            prefix = self._encode("", True) if add_special_tokens else []
             return [*prefix, *self.encode_segments(parts)]
-        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        return self._encode(text, add_special_tokens)
 
     def encode_segments(self, segments: Iterable[str | int]) -> list[int]:
         """Ids of alternating plain text and ready-made control token ids."""
@@ -89,7 +109,7 @@ class Tokenizer:
             if isinstance(segment, int):
                 ids.append(segment)
             elif segment:
-                ids.extend(self._backend.encode(segment, add_special_tokens=False).ids)
+                ids.extend(self._encode(segment, False))
         return ids
 
     def split_special(self, text: str) -> list[str | int]:
@@ -137,13 +157,20 @@ class Tokenizer:
         """An upper bound on the characters that ``num_tokens`` tokens can hold."""
         return num_tokens * self._longest
 
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        ranked = self._ranked
+        if ranked is not None and ranked.takes(text):
+            return ranked.encode(text, add_special_tokens=add_special_tokens)
+        # A batch of one: without offsets, a fifth faster than `encode`, and without the GIL.
+        return list(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+
     def _make_piece(self, token_id: int) -> bytes:
         name = self._backend.id_to_token(token_id)
         if name is None:
             return b""
         if self._byte_level:
             try:
-                return bytes([_BYTE_OF_CHAR[char] for char in name])
+                return bytes([BYTE_OF_CHAR[char] for char in name])
             except KeyError:  # an added token spelled in plain text
                 return str(name).encode()
         if re.fullmatch(r"<0x[0-9A-F]{2}>", name):
@@ -194,13 +221,3 @@ def _find_chat_template(path: Path, config: dict[str, Any]) -> str | None:
         entries = [entry for entry in template if isinstance(entry, dict)]
         template = next((entry.get("template") for entry in entries if entry.get("name") == "default"), None)
     return template if isinstance(template, str) else None
-
-
-def _byte_of_char() -> dict[str, int]:
-    """The GPT-2 byte alphabet, inverted: printable bytes stand for themselves, the others for U+0100 and up."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(hidden)}
-
-
-_BYTE_OF_CHAR = _byte_of_char()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -33,14 +31,8 @@ def smol() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def llama4(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    pytest.importorskip("llama_models", reason="pip install llama-models tiktoken brings the real vocabulary")
-    script = SHARED / "tools" / "build_llama4_tokenizer.py"
-    if not script.is_file():
-        pytest.skip("the shared tools are not here")
-    folder = tmp_path_factory.mktemp("llama4")
-    subprocess.run([sys.executable, str(script), str(folder)], check=True, capture_output=True, timeout=240)
-    return Tokenizer.load(folder)
+def llama4(llama4_folder: Path) -> Tokenizer:
+    return Tokenizer.load(llama4_folder)
 
 
 def random_text(rng: random.Random, length: int) -> str:
