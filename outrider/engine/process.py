@@ -59,9 +59,8 @@ class Outbox:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._waiting: deque[object] = (
-            deque()
-        )  # its first is being written: the thread has the socket till then
+        # Its first is being written: the thread has the socket till then.
+        self._waiting: deque[object] = deque()
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)

@@ -22,9 +22,8 @@ from outrider.text.gguf_tokenizer import read_gguf_tokenizer
 from outrider.text.ranked_bpe import BYTE_OF_CHAR, RankedEncoder, Unequal
 
 MAX_TOKENIZER_FILE_BYTES = 256 << 20
-os.environ.setdefault(
-    "TOKENIZERS_PARALLELISM", "false"
-)  # a text at a time: no pool of threads, no hop to one
+# A text at a time: no pool of threads, no hop to one.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 logger = logging.getLogger("outrider.server")
