@@ -27,7 +27,8 @@ from outrider.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("outrider.server")
 
-THREAD_THRESHOLD_CHARS = 8192  # shorter texts are tokenised faster than a thread hop takes
+THREAD_THRESHOLD_CHARS = 16_384
+"""Shorter texts hold the event loop for at most 1.5 ms (5 ms by the slower encoder); a thread takes 0.3 ms longer."""
 
 
 @dataclass(frozen=True)
