@@ -36,6 +36,7 @@ NO_BOUNDS = {
     ("cli.progress", "LINE_INTERVAL_S"): "how often a line is logged",
     ("cli.stats_line", "INTERVAL_S"): "how often a line is logged",
     ("server.context", "THREAD_THRESHOLD_CHARS"): "where the work is done, not whether",
+    ("text.ranked_bpe", "MAX_CHARS"): "which library does the work, not whether",
     ("server.completions", "DEFAULT_MAX_TOKENS"): "the default of the API",
     ("cli.docs", "MAX_COMMENT"): "writes documents",
 }
