@@ -254,7 +254,8 @@ def drop_byte(spec: Spec) -> None:
 
 
 def share_id(spec: Spec) -> None:
-    spec["model"]["vocab"]["zz"] = spec["model"]["vocab"]["y"]
+    longer = next(entry for entry in spec["model"]["vocab"] if len(entry) > 1)
+    spec["model"]["vocab"]["zz"] = spec["model"]["vocab"][longer]  # which of the two is written is chance
 
 
 def spell_plainly(spec: Spec) -> None:
