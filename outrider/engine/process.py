@@ -60,22 +60,19 @@ class Outbox:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         # Its first is being written: the thread has the socket till then.
-        self._waiting: deque[object] = deque()
+        self._waiting: deque[memoryview] = deque()
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
         self._thread.start()
 
     def send(self, message: object) -> None:
-        """Write a message or queue it, never waiting for the reader; it must not be changed afterwards."""
+        """Write a message or queue it, never waiting for the reader."""
+        frame = memoryview(encode_frame(message))
         with self._changed:
-            if self._waiting:
-                self._waiting.append(message)
-                return
-            frame = encode_frame(message)
-            sent = self._try_send(frame)
-            if sent < len(frame):
-                self._waiting.append(memoryview(frame)[sent:])
+            rest = frame if self._waiting else frame[self._try_send(frame) :]
+            if rest:
+                self._waiting.append(rest)
                 self._changed.notify()
 
     def close(self) -> None:
@@ -85,7 +82,7 @@ class Outbox:
             self._changed.notify()
         self._thread.join(timeout=5)
 
-    def _try_send(self, frame: bytes) -> int:
+    def _try_send(self, frame: memoryview) -> int:
         """How many bytes of ``frame`` the socket took without waiting."""
         try:
             return self._sock.send(frame, socket.MSG_DONTWAIT)
@@ -95,15 +92,15 @@ class Outbox:
             _end_without_front_end()
 
     def _run(self) -> None:
-        while (item := self._first()) is not None:
+        while (frame := self._first()) is not None:
             try:
-                self._sock.sendall(item if isinstance(item, memoryview) else encode_frame(item))
+                self._sock.sendall(frame)
             except OSError:
                 _end_without_front_end()
             with self._changed:
                 self._waiting.popleft()
 
-    def _first(self) -> object | None:
+    def _first(self) -> memoryview | None:
         """Wait for something to write; None when all is written and no more will come."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closing)

@@ -31,7 +31,8 @@ class DecodeTile(NamedTuple):
 
     H200, 2026-11-27, 8 kv heads of 128 in FP8 under load: 512 x 1,536 tokens in 404 us = 4.0 TB/s (4 stages 432, 3
     stages 443, any number of registers 421, copies by every thread 438), 405 x 1,750 358 us (394), 240 x 1,500 191 us
-    (206), 110 x 1,400 100 us (106), 17 x 8,000 89 us (96); 16 programs for each SM 5 % more: trials_h200.txt.
+    (206), 110 x 1,400 100 us (106), 17 x 8,000 89 us (96); 240 x 1,500 with 16 programs for each SM 5 % more:
+    trials_h200.txt.
     """
 
     tokens: int = 64
@@ -41,7 +42,7 @@ class DecodeTile(NamedTuple):
     merge_at_once: int = 0
     """Splits that the last program of a kv head merges at a time; 0: a kernel of its own merges them."""
     registers: int | None = 96
-    """Most of a thread: with 96 five programs of four warps share a multiprocessor."""
+    """Most of a thread where the copy engine is used: with 96 five programs of four warps share a multiprocessor."""
 
 
 SMALL_STEP_TILES = (
@@ -261,9 +262,11 @@ def decode_attention(
     merge = tile.merge_at_once if num_splits > 1 else 0
     scales = (k_scale, v_scale) if k_cache.dtype == FP8 else (1.0, 1.0)
     chunk = chunk_size or 0
+    k_desc, v_desc = _descriptors(k_cache, v_cache, tile.tokens, chunk)
     _decode_kernel[(kv_heads, num_seqs, num_splits)](
         q,
-        *_descriptors(k_cache, v_cache, tile.tokens, chunk),
+        k_desc,
+        v_desc,
         k_cache,
         v_cache,
         block_tables,
@@ -291,7 +294,7 @@ def decode_attention(
         QUANTIZE=out_scale is not None,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        maxnreg=tile.registers,
+        maxnreg=tile.registers if k_desc is not None else None,
         **overlap_options(q.device, num_seqs),
     )
     if num_splits > 1 and not merge:
@@ -315,10 +318,10 @@ def _descriptors(
     divisible = all(size % tokens == 0 for size in (block_size, chunk)) and all(
         stride % head_dim == 0 for stride in strides
     )
-    if k_cache.dtype != FP8 or not divisible:
-        return None, None
     last = (num_blocks - 1) * strides[0] + (kv_heads - 1) * strides[1]
     size = (last // head_dim + block_size, head_dim)
+    if k_cache.dtype != FP8 or not divisible or size[0] >= 1 << 31:
+        return None, None
     k_rows, v_rows = (cache.as_strided(size, (head_dim, 1)) for cache in (k_cache, v_cache))
     return (
         TensorDescriptor.from_tensor(k_rows, [tokens, head_dim]),

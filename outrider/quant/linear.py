@@ -106,8 +106,8 @@ class Fp8Linear:
             # The parts see one input, so the exporter gives them one scale; the largest never saturates.
             self.scale.copy_(input_scales.max())
             torch.mul(self.weight_scale, self.scale, out=self.product_scale)
-            if bool((part_scales == part_scales[0]).all()):
-                self.one_scale = self.product_scale[:1]
+            is_one = bool((part_scales == part_scales[0]).all())
+            self.one_scale = self.product_scale[:1] if is_one else None
 
         builder.after_load.append(finish)
 

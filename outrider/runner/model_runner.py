@@ -193,6 +193,7 @@ class ModelRunner:
             targets = init.token_ids[
                 piece.start + 1 : min(piece.start + piece.num_tokens + 1, init.prompt_len)
             ]
+            # Without a longer piece among them, states may be those of the last tokens: these are the same rows.
             first = int(arrays.query_start[index])
             parts = [
                 self._target_logprobs(states[first + i : first + len(targets)], targets[i:], top)

@@ -49,6 +49,8 @@ def compile_kernels(model: Decoder, config: ModelConfig, resolved: Resolved) -> 
             _prefill(model, config, resolved, kv, num_tokens)
         if model.parallel.pp_size == 1:
             graphs.run_start_shapes()
+        else:  # prompts of few tokens have tiles of their own
+            _prefill(model, config, resolved, kv, min(PREFILL_TOKENS[0], num_tokens))
         if model.parallel.is_last_stage:
             for rows in (1, 32, 64):
                 logits = model.logits(hidden[:rows])

@@ -28,7 +28,7 @@ from outrider.text.tokenizer import Tokenizer
 logger = logging.getLogger("outrider.server")
 
 THREAD_THRESHOLD_CHARS = 16_384
-"""Shorter texts hold the event loop for at most 1.5 ms (5 ms by the slower encoder); a thread takes 0.3 ms longer."""
+"""Shorter usual texts hold the event loop for 1.5 ms (5 ms by the slower encoder); a thread takes 0.3 ms longer."""
 
 
 @dataclass(frozen=True)
