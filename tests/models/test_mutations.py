@@ -213,8 +213,10 @@ def _layer0_error(references: References, mode: str, folder: str, kv_dtype: torc
     return relative_rms(summed(x) + residual, references.tensor(f"{mode}/p3/hidden_after_layer0")[-7:])
 
 
-def _merged_scales(x: Any, w: Any, x_scale: Any, w_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return linear_fp8(x, w, x_scale, w_scale.max().expand_as(w_scale), dtype)
+def _merged_scales(
+    x: Any, w: Any, x_scale: Any, w_scale: torch.Tensor, dtype: torch.dtype, one_scale: Any
+) -> torch.Tensor:
+    return linear_fp8(x, w, x_scale, w_scale.max().expand_as(w_scale), dtype, one_scale)
 
 
 def _scale_after_quantising(x: torch.Tensor, ids: Any, scores: torch.Tensor, *rest: Any) -> torch.Tensor:
