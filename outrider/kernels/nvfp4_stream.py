@@ -18,6 +18,7 @@ from outrider.kernels.moe_dispatch import SortedRows
 from outrider.kernels.moe_gemm import max_tiles
 from outrider.kernels.nvfp4_repack import CHUNK, TILE_ROWS
 from outrider.kernels.nvfp4_stream_kernels import _add_splits_kernel, _stream_kernel
+from outrider.kernels.ragged import ragged_descriptor
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class StreamTile:
     split_k: int = 1
 
 
-_X_LAYOUT = gl.NVMMASharedLayout(128, 8, 3)
+_X_LAYOUT = gl.NVMMASharedLayout(128, 8, 5)
 _W_LAYOUT = gl.NVMMASharedLayout(0, 32, 5)
 _S_LAYOUT = gl.NVMMASharedLayout(0, 8, 3)
 
@@ -42,16 +43,16 @@ _S_LAYOUT = gl.NVMMASharedLayout(0, 8, 3)
 def _descriptors(rows: SortedRows, packed: torch.Tensor, block_scale: torch.Tensor, tile: StreamTile):
     """What the copy engine reads, and its boxes: a stage's activations, words and scales.
 
-    Activations as [K/128, rows, 128]; words i32 as [tiles, h and r8 of each chunk, cp, 2, 256] in the names of
+    Activations as [K/128, rows, 128], a box's rows ending with its expert's; words i32 as [tiles, h and r8 of each chunk, cp, 2, 256] in the names of
     ``nvfp4_repack``, so that a box takes half a chunk; scales u8 as [tiles, K/64, 256], 8 rows a chunk.
     """
     num_experts, num_outputs, half_depth = packed.shape
     num_tiles, tiles = num_experts * num_outputs // TILE_ROWS, tile.warps // 4
-    x = rows.x[: rows.num_rows].unflatten(1, (-1, 128)).transpose(0, 1)
+    x = rows.x.unflatten(1, (-1, 128)).transpose(0, 1)
     words = packed.view(torch.int32).view(num_tiles, half_depth // 64, 2, 2, 256)
     scales = block_scale.view(torch.uint8).view(num_tiles, half_depth // 32, 256)
     return (
-        TensorDescriptor.from_tensor(x, [2, tile.rows, 128], _X_LAYOUT),
+        ragged_descriptor(x, 1, [2, tile.rows, 128], _X_LAYOUT),
         TensorDescriptor.from_tensor(words, [tiles, 4, 1, 2, 256], _W_LAYOUT),
         TensorDescriptor.from_tensor(scales, [tiles, 8, 256], _S_LAYOUT),
     )
@@ -122,7 +123,7 @@ def _max_registers(tile: StreamTile) -> int:
 def _aot_spec(tile: StreamTile, gated: bool):
     tiles = tile.warps // 4
     signature = {
-        "x_desc": f"tensordesc<fp8e4nv[2,{tile.rows},128],{_X_LAYOUT!r}>",
+        "x_desc": f"tensordesc<fp8e4nv[1,1,2,{tile.rows},128],{_X_LAYOUT!r}>",
         "w_desc": f"tensordesc<i32[{tiles},4,1,2,256],{_W_LAYOUT!r}>",
         "s_desc": f"tensordesc<u8[{tiles},8,256],{_S_LAYOUT!r}>",
     }

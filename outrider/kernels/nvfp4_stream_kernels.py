@@ -1,7 +1,9 @@
 """The Gluon kernel of ``nvfp4_stream``: grouped products of e4m3 rows with repacked NVFP4 weights, and split sums.
 
-The copy engine fills a ring of stages, each half a chunk (256 in features) of activations, words and scales. Words go
-from a stage to registers, are decoded there and multiply from there; activations multiply from their stage.
+The copy engine fills a ring of stages, each half a chunk (256 in features) of activations and words, and a shorter ring
+of whole chunks' scales. Words go from a stage to registers, are decoded there and multiply from there; activations
+multiply from their stage. What comes through the L2 cache bounds all this, so nothing comes twice or in vain: a
+chunk's scales stay in registers for both halves, and rows behind an expert's last come as zeros without being read.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from outrider.kernels.gluon_names import async_load, barrier
 from outrider.kernels.nvfp4_decode import block_ptx
+from outrider.kernels.ragged import group_place
 
 
 def _decode_asm(half: int) -> str:
@@ -47,8 +50,25 @@ def _operand(p0, p1, p2, p3, layout: gl.constexpr):
 
 
 @gluon.jit
-def _decode(w_smem, s_smem, ASM: gl.constexpr, layout: gl.constexpr):
-    """Half a chunk's weights as two [M, 128] operands, from a stage of words and one of scales."""
+def _load_scales(s_smem, layout: gl.constexpr):
+    """A chunk's scale bytes, u8 [M, 32], four of a row in a register: of both blocks of both halves."""
+    TILES: gl.constexpr = s_smem.shape[0]
+    scale_layout: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8]],
+        [[0, 0, 16], [0, 0, 32], [0, 0, 64], [0, 0, 128], [0, 1, 0]],
+        [[0, 2, 0], [0, 4, 0], [1, 0, 0]][: TILES + 1],
+        [],
+        [TILES, 8, 256],
+    )
+    # Named as in ``nvfp4_repack``: w g q | h r8 cp e.
+    scales = gl.reshape(s_smem.load(scale_layout), (TILES, 4, 8, 4, 2, 2, 4))
+    scales = gl.reshape(gl.permute(scales, (0, 1, 5, 2, 4, 3, 6)), (TILES * 64, 32))
+    return gl.convert_layout(scales, layout)
+
+
+@gluon.jit
+def _decode(w_smem, scales, ASM: gl.constexpr, layout: gl.constexpr):
+    """Half a chunk's weights as two [M, 128] operands, from a stage of words and the chunk's scales."""
     TILES: gl.constexpr = w_smem.shape[0]
     word_layout: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 0, 0, 0, 1], [0, 0, 0, 0, 2], [0, 1, 0, 0, 0], [0, 2, 0, 0, 0]],
@@ -57,22 +77,13 @@ def _decode(w_smem, s_smem, ASM: gl.constexpr, layout: gl.constexpr):
         [],
         [TILES, 4, 1, 2, 256],
     )
-    scale_layout: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8]],
-        [[0, 0, 16], [0, 0, 32], [0, 0, 64], [0, 0, 128], [0, 1, 0]],
-        [[0, 2, 0], [0, 4, 0], [1, 0, 0]][: TILES + 1],
-        [],
-        [TILES, 8, 256],
-    )
-    # Named as in ``nvfp4_repack``: h r8 | w g q | e and the word's half; w g q | h r8 cp e.
+    # Named as in ``nvfp4_repack``: h r8 | w g q | e and the word's half.
     words = gl.reshape(w_smem.load(word_layout), (TILES, 2, 2, 4, 8, 4, 4))
     words = gl.reshape(gl.permute(words, (0, 3, 2, 4, 1, 5, 6)), (TILES * 64, 32))
-    scales = gl.reshape(s_smem.load(scale_layout), (TILES, 4, 8, 4, 2, 2, 4))
-    scales = gl.reshape(gl.permute(scales, (0, 1, 5, 2, 4, 3, 6)), (TILES * 64, 32))
     p0, p1, p2, p3, p4, p5, p6, p7 = gl.inline_asm_elementwise(
         ASM,
         _CONSTRAINTS,
-        [gl.convert_layout(words, layout), gl.convert_layout(scales, layout)],
+        [gl.convert_layout(words, layout), scales],
         dtype=(gl.float8e4nv, gl.float8e4nv, gl.float8e4nv, gl.float8e4nv,
                gl.float8e4nv, gl.float8e4nv, gl.float8e4nv, gl.float8e4nv),
         is_pure=True,
@@ -103,30 +114,38 @@ def _find_tile(offsets_ptr, tile, tiles_n, ROWS: gl.constexpr, EXPERTS: gl.const
 
 
 @gluon.jit
-def _copy(sources, stages, ready, row, tile, first, turn, turns):
-    """Start copying half chunk ``turn`` after chunk ``first`` into its stage, if the program has so many."""
+def _copy(sources, stages, ready, place, turn, half: gl.constexpr, turns):
+    """Start copying half chunk ``turn`` of a program, a low one with the chunk's scales, if it has so many."""
     x_desc, w_desc, s_desc = sources
     x_smem, w_smem, s_smem = stages
+    row, end, tile, first = place
     chunk = first + turn // 2
-    half = turn % 2
     stage = turn % ready.shape[0]
     bar = ready.index(stage)
     more = turn < turns
-    SIZE: gl.constexpr = x_desc.block_type.nbytes + w_desc.block_type.nbytes + s_desc.block_type.nbytes
-    mbarrier.expect(bar, SIZE, pred=more)
-    async_load(x_desc, [4 * chunk + 2 * half, row, 0], bar, x_smem.index(stage), pred=more)
+    SIZE: gl.constexpr = x_desc.block_type.nbytes + w_desc.block_type.nbytes
+    SCALES: gl.constexpr = s_desc.block_type.nbytes if half == 0 else 0
+    mbarrier.expect(bar, SIZE + SCALES, pred=more)
+    group, last, x_row = group_place(row, end)
+    async_load(x_desc, [group, last, 4 * chunk + 2 * half, x_row, 0], bar, x_smem.index(stage), pred=more)
     async_load(w_desc, [tile, 4 * chunk, half, 0, 0], bar, w_smem.index(stage), pred=more)
-    async_load(s_desc, [tile, 8 * chunk, 0], bar, s_smem.index(stage), pred=more)
+    if half == 0:
+        async_load(s_desc, [tile, 8 * chunk, 0], bar, s_smem.index(turn // 2 % s_smem.shape[0]), pred=more)
 
 
 @gluon.jit
-def _multiply(acc, stages, ready, turn, ASM: gl.constexpr, mma: gl.constexpr):
+def _wait(ready, turn):
+    """Wait until half chunk ``turn`` is there."""
+    mbarrier.wait(ready.index(turn % ready.shape[0]), turn // ready.shape[0] & 1)
+
+
+@gluon.jit
+def _multiply(acc, stages, scales, turn, ASM: gl.constexpr, mma: gl.constexpr):
     """Start adding the product of half chunk ``turn``; reads its weights, leaves its activations in use."""
-    x_smem, w_smem, s_smem = stages
-    ROWS: gl.constexpr = x_smem.shape[2]
-    stage = turn % ready.shape[0]
-    mbarrier.wait(ready.index(stage), turn // ready.shape[0] & 1)
-    a0, a1 = _decode(w_smem.index(stage), s_smem.index(stage), ASM, gl.DotOperandLayout(0, mma, 4))
+    x_smem, w_smem, _ = stages
+    ROWS: gl.constexpr = x_smem.shape[4]
+    stage = turn % x_smem.shape[0]
+    a0, a1 = _decode(w_smem.index(stage), scales, ASM, gl.DotOperandLayout(0, mma, 4))
     x = x_smem.index(stage).reshape([2 * ROWS, 128])
     acc = warpgroup_mma(a0, x.slice(0, ROWS).permute((1, 0)), acc, is_async=True)
     return warpgroup_mma(a1, x.slice(ROWS, ROWS).permute((1, 0)), acc, is_async=True)
@@ -200,29 +219,35 @@ def _stream_kernel(
             gl.assume(steps > 0)  # spares the path around the loop
         tile = expert * (num_outputs // 64) + tile_n * (M // 64)
 
+        place = (row, end, tile, first)
+
         mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, ROWS, 32])
         sources = (x_desc, w_desc, s_desc)
         stages = (
-            gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 2, ROWS, 128], x_desc.layout),
+            gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, 1, 2, ROWS, 128], x_desc.layout),
             gl.allocate_shared_memory(gl.int32, [STAGES, M // 64, 4, 1, 2, 256], w_desc.layout),
-            gl.allocate_shared_memory(gl.uint8, [STAGES, M // 64, 8, 256], s_desc.layout),
+            gl.allocate_shared_memory(gl.uint8, [STAGES // 2, M // 64, 8, 256], s_desc.layout),
         )
         ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for stage in gl.static_range(STAGES):
             mbarrier.init(ready.index(stage), count=1)
         for turn in gl.static_range(STAGES - 1):
-            _copy(sources, stages, ready, row, tile, first, turn, 2 * steps)
+            _copy(sources, stages, ready, place, turn, turn % 2, 2 * steps)
         acc = gl.zeros((M, ROWS), gl.float32, mma)
         for step in range(steps):
             # The tensor cores multiply the low half while the high half is decoded. No product runs across the loop's
             # end: the compiler would let the next turn compute the same registers anew under it.
-            acc = _multiply(acc, stages, ready, 2 * step, _LOW_ASM, mma)
-            barrier()  # every warp is past the last high half
-            _copy(sources, stages, ready, row, tile, first, 2 * step + STAGES - 1, 2 * steps)
-            acc = _multiply(acc, stages, ready, 2 * step + 1, _HIGH_ASM, mma)
+            low = 2 * step
+            _wait(ready, low)
+            scales = _load_scales(stages[2].index(step % (STAGES // 2)), gl.DotOperandLayout(0, mma, 4))
+            acc = _multiply(acc, stages, scales, low, _LOW_ASM, mma)
+            barrier()  # every warp is past the last high half and has these scales
+            _copy(sources, stages, ready, place, low + STAGES - 1, (STAGES - 1) % 2, 2 * steps)
+            _wait(ready, low + 1)
+            acc = _multiply(acc, stages, scales, low + 1, _HIGH_ASM, mma)
             acc = warpgroup_mma_wait(2, deps=(acc,))  # both products of the low half
             barrier()
-            _copy(sources, stages, ready, row, tile, first, 2 * step + STAGES, 2 * steps)
+            _copy(sources, stages, ready, place, low + STAGES, STAGES % 2, 2 * steps)
             acc = warpgroup_mma_wait(0, deps=(acc,))
 
         _store(acc, row, end, tile_n, out_ptr, index_ptr, x_scale_ptr, global_scale_ptr, num_rows, num_outputs,
