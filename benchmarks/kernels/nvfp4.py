@@ -27,13 +27,13 @@ def _pair(*constants: int) -> Pair:
 
 
 TILE_16, TILE_32, TILE_64, TILE_128 = (
-    _pair(16, 4, 3, 4),
-    _pair(32, 4, 3, 4),
-    _pair(64, 8, 3, 2),
-    _pair(128, 8, 4, 1),
+    _pair(16, 16, 4, 4, 4),
+    _pair(16, 32, 8, 4, 2),
+    _pair(32, 64, 8, 3, 2),
+    _pair(64, 128, 8, 4, 1),
 )
 CANDIDATES: dict[int, list[Pair]] = {
-    1: [(StreamTile(16, 4, 3, 4), StreamTile(16, 4, 3, 4, split_k=k)) for k in (4, 2)],
+    1: [(StreamTile(16, 16, 4, 3, 4), StreamTile(16, 16, 4, 3, 4, split_k=k)) for k in (4, 2)],
     64: [TILE_16],
     256: [TILE_16, TILE_32],
     448: [TILE_32, TILE_64],
@@ -45,10 +45,10 @@ CANDIDATES: dict[int, list[Pair]] = {
     8192: [],
 }
 MORE: dict[int, list[Pair]] = {
-    64: [_pair(16, 4, 4, 3), _pair(16, 4, 7, 2)],
-    256: [_pair(32, 4, 4, 3), _pair(32, 4, 6, 2), _pair(32, 8, 4, 2)],
-    512: [_pair(64, 4, 4, 2), _pair(64, 4, 2, 4), _pair(64, 8, 6, 1)],
-    1024: [_pair(128, 8, 3, 1)],
+    64: [_pair(16, 16, 4, 3, 4), _pair(16, 16, 4, 7, 2)],
+    256: [_pair(16, 32, 4, 3, 4), _pair(16, 32, 4, 6, 2), _pair(32, 32, 8, 4, 2)],
+    512: [_pair(64, 64, 8, 3, 2), _pair(16, 64, 8, 3, 2), _pair(32, 64, 4, 3, 3)],
+    1024: [_pair(16, 64, 8, 3, 2), _pair(32, 128, 8, 4, 1), _pair(128, 128, 8, 4, 1)],
     8192: [TILE_128],
 }
 
@@ -76,7 +76,7 @@ def gaussian_part(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def label(tile: StreamTile) -> str:
     """A tile in a few characters."""
-    name = f"{tile.rows} rows w{tile.warps} st{tile.stages} x{tile.programs}"
+    name = f"{tile.narrow}, {tile.wide} rows w{tile.warps} st{tile.stages} x{tile.programs}"
     return name + (f" k{tile.split_k}" if tile.split_k > 1 else "")
 
 
@@ -148,7 +148,7 @@ def bench_dense(report: Report, name: str) -> None:
         one_group = torch.tensor([0, rows], dtype=torch.int32, device="cuda")
         for split_k in (1, 2, 4):
             fixed = (x, index, one_group)
-            tile = StreamTile(16, 4, 3, 4, split_k)
+            tile = StreamTile(16, 16, 4, 3, 4, split_k)
             calls = [lambda w=w, fixed=fixed, tile=tile: stream_dense(*fixed, w, tile) for w in repacked]
             timed(report, case, label(tile), calls, x.float() @ exact.T, 0.06, exact.numel() * 9 / 16, flops)
 

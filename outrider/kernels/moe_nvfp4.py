@@ -17,17 +17,18 @@ from outrider.kernels.nvfp4_repack import quantize_stream
 from outrider.kernels.nvfp4_stream import StreamTile, stream_triton
 
 STREAM_TILES = (
-    (1, StreamTile(16, 4, 3, 4), StreamTile(16, 4, 3, 4, split_k=4)),
-    (12, StreamTile(16, 4, 3, 4), StreamTile(16, 4, 3, 4)),
-    (28, StreamTile(32, 4, 3, 4), StreamTile(32, 4, 3, 4)),
-    (66, StreamTile(64, 8, 3, 2), StreamTile(64, 8, 3, 2)),
-    (math.inf, StreamTile(128, 8, 4, 1), StreamTile(128, 8, 4, 1)),
+    (1, StreamTile(16, 16, 4, 3, 4), StreamTile(16, 16, 4, 3, 4, split_k=4)),
+    (12, StreamTile(16, 16, 4, 4, 4), StreamTile(16, 16, 4, 4, 4)),
+    (25, StreamTile(16, 32, 8, 4, 2), StreamTile(16, 32, 8, 4, 2)),
+    (60, StreamTile(32, 64, 8, 3, 2), StreamTile(32, 64, 8, 3, 2)),
+    (math.inf, StreamTile(64, 128, 8, 4, 1), StreamTile(64, 128, 8, 4, 1)),
 )
 """(most rows an expert on average, gate-up tile, down tile), as measured on an H200.
 
-2026-11-26, routed experts of a layer, random routing: 128 tokens 285 us, 256 299, 448 329, 480 377 (32-row tiles 389),
-512 361, 912 405, 1,024 510 (128-row tiles 581), 1,152 621 (64-row tiles 627), 1,536 564, 2,048 832, 4,096 1,404
-(decoded to memory first 1,854): trials_h200.txt.
+2026-11-27, routed experts of a layer, random routing, under a lasting load of 690 W, beside tiles of one width and
+whole copies, the median of three turns in one call: 107 tokens 298 (325) us, 240 321 (350), 400 350 (362), 512 382
+(432), 640 397 (434), 1,024 542 (627), 1,280 626 (668), 2,048 832 (916), 4,096 1,477 (1,526); in another 512 366 (400),
+768 408 (430), 912 460 (490), 1,024 526 (648). Of 1,664 nothing is sure, 630 (704) and 670 (634): trials_h200.txt.
 """
 
 

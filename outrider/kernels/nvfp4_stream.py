@@ -23,16 +23,25 @@ from outrider.kernels.ragged import ragged_descriptor
 
 @dataclass(frozen=True)
 class StreamTile:
-    """Launch constants: activation rows of a tile, warps (16 weight rows each), stages of half a chunk each.
+    """Launch constants: activation rows of a narrow and of a wide tile, warps (16 weight rows each), stages of half
+    a chunk each.
 
+    An expert's rows are cut into wide tiles; one with no more rows than a narrow tile runs as such.
     ``programs``: how many must fit a multiprocessor, a bound on registers. ``split_k``: parts of the depth.
     """
 
-    rows: int
+    narrow: int
+    wide: int
     warps: int
     stages: int
     programs: int
     split_k: int = 1
+
+    @property
+    def narrow_stages(self) -> int:
+        """Stages of a narrow tile in a wide one's shared memory: 256 bytes a row beside 128 a weight row."""
+        wide, narrow = (256 * rows + 128 * 16 * self.warps for rows in (self.wide, self.narrow))
+        return self.stages * wide // narrow
 
 
 _X_LAYOUT = gl.NVMMASharedLayout(128, 8, 5)
@@ -41,9 +50,9 @@ _S_LAYOUT = gl.NVMMASharedLayout(0, 8, 3)
 
 
 def _descriptors(rows: SortedRows, packed: torch.Tensor, block_scale: torch.Tensor, tile: StreamTile):
-    """What the copy engine reads, and its boxes: a stage's activations, words and scales.
+    """What the copy engine reads, and its boxes: a wide and a narrow stage's activations, words, a chunk's scales.
 
-    Activations as [K/128, rows, 128], a box's rows ending with its expert's; words i32 as [tiles, h and r8 of each chunk, cp, 2, 256] in the names of
+    Activations as [K/128, rows, 128]; words i32 as [tiles, h and r8 of each chunk, cp, 2, 256] in the names of
     ``nvfp4_repack``, so that a box takes half a chunk; scales u8 as [tiles, K/64, 256], 8 rows a chunk.
     """
     num_experts, num_outputs, half_depth = packed.shape
@@ -52,7 +61,8 @@ def _descriptors(rows: SortedRows, packed: torch.Tensor, block_scale: torch.Tens
     words = packed.view(torch.int32).view(num_tiles, half_depth // 64, 2, 2, 256)
     scales = block_scale.view(torch.uint8).view(num_tiles, half_depth // 32, 256)
     return (
-        ragged_descriptor(x, 1, [2, tile.rows, 128], _X_LAYOUT),
+        ragged_descriptor(x, 1, [2, tile.wide, 128], _X_LAYOUT),
+        ragged_descriptor(x, 1, [2, tile.narrow, 128], _X_LAYOUT),
         TensorDescriptor.from_tensor(words, [tiles, 4, 1, 2, 256], _W_LAYOUT),
         TensorDescriptor.from_tensor(scales, [tiles, 8, 256], _S_LAYOUT),
     )
@@ -73,7 +83,7 @@ def stream_triton(
     ``out[index[r]]``, [T · k, N], and ``split_k`` may divide the depth.
     """
     num_experts, num_outputs, half_depth = packed.shape
-    tiles = max_tiles(rows.num_rows, num_experts, tile.rows) * (num_outputs // (16 * tile.warps))
+    tiles = max_tiles(rows.num_rows, num_experts, tile.wide) * (num_outputs // (16 * tile.warps))
     target = out
     if tile.split_k > 1:
         target = torch.empty(
@@ -92,9 +102,9 @@ def stream_triton(
         GATED=gated,
         SPLIT_K=tile.split_k,
         EXPERTS=num_experts,
-        ROWS=tile.rows,
         CHUNK=CHUNK,
         STAGES=tile.stages,
+        NARROW_STAGES=tile.narrow_stages,
         num_warps=tile.warps,
         maxnreg=_max_registers(tile),
     )
@@ -123,7 +133,8 @@ def _max_registers(tile: StreamTile) -> int:
 def _aot_spec(tile: StreamTile, gated: bool):
     tiles = tile.warps // 4
     signature = {
-        "x_desc": f"tensordesc<fp8e4nv[1,1,2,{tile.rows},128],{_X_LAYOUT!r}>",
+        "wide_desc": f"tensordesc<fp8e4nv[1,1,2,{tile.wide},128],{_X_LAYOUT!r}>",
+        "narrow_desc": f"tensordesc<fp8e4nv[1,1,2,{tile.narrow},128],{_X_LAYOUT!r}>",
         "w_desc": f"tensordesc<i32[{tiles},4,1,2,256],{_W_LAYOUT!r}>",
         "s_desc": f"tensordesc<u8[{tiles},8,256],{_S_LAYOUT!r}>",
     }
@@ -131,8 +142,8 @@ def _aot_spec(tile: StreamTile, gated: bool):
     pointers |= {"x_scale_ptr": "*fp32", "global_scale_ptr": "*fp32"}
     pointers["out_ptr"] = "*bf16" if tile.split_k == 1 else "*fp32"
     numbers = dict.fromkeys(("num_rows", "num_outputs", "depth"), "i32")
-    constants = {"GATED": gated, "SPLIT_K": tile.split_k, "EXPERTS": 16, "ROWS": tile.rows, "CHUNK": CHUNK}
-    constants |= {"STAGES": tile.stages, "num_warps": tile.warps}
+    constants = {"GATED": gated, "SPLIT_K": tile.split_k, "EXPERTS": 16, "CHUNK": CHUNK}
+    constants |= {"STAGES": tile.stages, "NARROW_STAGES": tile.narrow_stages, "num_warps": tile.warps}
     options = {"num_warps": tile.warps, "maxnreg": _max_registers(tile)}
     aligned = (*pointers, "num_outputs", "depth")  # as a launch finds them
     return _stream_kernel, signature | pointers | numbers, constants, options, aligned
@@ -148,10 +159,11 @@ AOT_SPECS = [
     ),
 ]
 HOPPER_AOT_SPECS = [
-    _aot_spec(StreamTile(16, 4, 3, 4), gated=True),
-    _aot_spec(StreamTile(16, 4, 3, 4, split_k=4), gated=False),
-    _aot_spec(StreamTile(32, 4, 3, 4), gated=False),
-    _aot_spec(StreamTile(64, 8, 3, 2), gated=True),
-    _aot_spec(StreamTile(128, 8, 4, 1), gated=False),
+    _aot_spec(StreamTile(16, 16, 4, 3, 4), gated=True),
+    _aot_spec(StreamTile(16, 16, 4, 3, 4, split_k=4), gated=False),
+    _aot_spec(StreamTile(16, 16, 4, 4, 4), gated=True),
+    _aot_spec(StreamTile(16, 32, 8, 4, 2), gated=False),
+    _aot_spec(StreamTile(32, 64, 8, 3, 2), gated=True),
+    _aot_spec(StreamTile(64, 128, 8, 4, 1), gated=False),
 ]
 """Compiled for sm_90 only: the instruction does not exist elsewhere."""

@@ -2,8 +2,7 @@
 
 The copy engine fills a ring of stages, each half a chunk (256 in features) of activations and words, and a shorter ring
 of whole chunks' scales. Words go from a stage to registers, are decoded there and multiply from there; activations
-multiply from their stage. What comes through the L2 cache bounds all this, so nothing comes twice or in vain: a
-chunk's scales stay in registers for both halves, and rows behind an expert's last come as zeros without being read.
+multiply from their stage. Rows that a tile has room for and its expert lacks are zeros that were never read.
 """
 
 from __future__ import annotations
@@ -115,7 +114,10 @@ def _find_tile(offsets_ptr, tile, tiles_n, ROWS: gl.constexpr, EXPERTS: gl.const
 
 @gluon.jit
 def _copy(sources, stages, ready, place, turn, half: gl.constexpr, turns):
-    """Start copying half chunk ``turn`` of a program, a low one with the chunk's scales, if it has so many."""
+    """Start copying half chunk ``turn`` after chunk ``first``, a low one with the chunk's scales, if there are so many.
+
+    ``half``: ``turn % 2``, known when this is compiled.
+    """
     x_desc, w_desc, s_desc = sources
     x_smem, w_smem, s_smem = stages
     row, end, tile, first = place
@@ -152,11 +154,11 @@ def _multiply(acc, stages, scales, turn, ASM: gl.constexpr, mma: gl.constexpr):
 
 
 @gluon.jit
-def _store(acc, row, end, tile_n, out_ptr, index_ptr, x_scale_ptr, global_scale_ptr, num_rows, num_outputs,
-           mma: gl.constexpr, GATED: gl.constexpr, SPLIT_K: gl.constexpr):  # fmt: skip
+def _store(acc, row, end, tile_n, out, mma: gl.constexpr, GATED: gl.constexpr, SPLIT_K: gl.constexpr):
     """Write ``acc`` [M, ROWS], scaled and gated, to the rows of a tile; a part of a split depth as it is."""
     M: gl.constexpr = acc.shape[0]
     ROWS: gl.constexpr = acc.shape[1]
+    out_ptr, index_ptr, x_scale_ptr, global_scale_ptr, num_rows, num_outputs = out
     store: gl.constexpr = gl.BlockedLayout([8, 1], [4, 8], [1, M // 16], [0, 1])
     if SPLIT_K > 1:
         acc = gl.convert_layout(acc, store)
@@ -186,9 +188,49 @@ def _store(acc, row, end, tile_n, out_ptr, index_ptr, x_scale_ptr, global_scale_
         gl.store(out_ptrs, acc, mask=(rows < end)[None, :])
 
 
+@gluon.jit
+def _run_tile(
+    sources, place, steps, tile_n, out,
+    GATED: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """Multiply ``steps`` chunks of a tile of as many rows as a box of activations has, and write it."""
+    x_desc, w_desc, s_desc = sources
+    M: gl.constexpr = 16 * num_warps
+    ROWS: gl.constexpr = x_desc.block_type.shape[3]
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, ROWS, 32])
+    stages = (
+        gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, 1, 2, ROWS, 128], x_desc.layout),
+        gl.allocate_shared_memory(gl.int32, [STAGES, M // 64, 4, 1, 2, 256], w_desc.layout),
+        gl.allocate_shared_memory(gl.uint8, [STAGES // 2, M // 64, 8, 256], s_desc.layout),
+    )
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+    for turn in gl.static_range(STAGES - 1):
+        _copy(sources, stages, ready, place, turn, turn % 2, 2 * steps)
+    acc = gl.zeros((M, ROWS), gl.float32, mma)
+    for step in range(steps):
+        # The tensor cores multiply the low half while the high half is decoded. No product runs across the loop's
+        # end: the compiler would let the next turn compute the same registers anew under it.
+        low = 2 * step
+        _wait(ready, low)
+        scales = _load_scales(stages[2].index(step % (STAGES // 2)), gl.DotOperandLayout(0, mma, 4))
+        acc = _multiply(acc, stages, scales, low, _LOW_ASM, mma)
+        barrier()  # every warp is past the last high half and has these scales
+        _copy(sources, stages, ready, place, low + STAGES - 1, (STAGES - 1) % 2, 2 * steps)
+        _wait(ready, low + 1)
+        acc = _multiply(acc, stages, scales, low + 1, _HIGH_ASM, mma)
+        acc = warpgroup_mma_wait(2, deps=(acc,))  # both products of the low half
+        barrier()
+        _copy(sources, stages, ready, place, low + STAGES, STAGES % 2, 2 * steps)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+    _store(acc, place[0], place[1], tile_n, out, mma, GATED, SPLIT_K)
+
+
 @gluon.jit(do_not_specialize=("num_rows",))
 def _stream_kernel(
-    x_desc,
+    wide_desc,
+    narrow_desc,
     w_desc,
     s_desc,
     out_ptr,
@@ -202,14 +244,16 @@ def _stream_kernel(
     GATED: gl.constexpr,
     SPLIT_K: gl.constexpr,
     EXPERTS: gl.constexpr,
-    ROWS: gl.constexpr,
     CHUNK: gl.constexpr,
     STAGES: gl.constexpr,
+    NARROW_STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     # num_outputs counts stored weight rows: gate and up rows when GATED.
     M: gl.constexpr = 16 * num_warps
-    expert, row, end, tile_n = _find_tile(offsets_ptr, gl.program_id(0), num_outputs // M, ROWS, EXPERTS)
+    WIDE: gl.constexpr = wide_desc.block_type.shape[3]
+    NARROW: gl.constexpr = narrow_desc.block_type.shape[3]
+    expert, row, end, tile_n = _find_tile(offsets_ptr, gl.program_id(0), num_outputs // M, WIDE, EXPERTS)
     if expert >= 0:
         steps = depth // CHUNK
         split_steps = (steps + SPLIT_K - 1) // SPLIT_K
@@ -220,38 +264,13 @@ def _stream_kernel(
         tile = expert * (num_outputs // 64) + tile_n * (M // 64)
 
         place = (row, end, tile, first)
-
-        mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, ROWS, 32])
-        sources = (x_desc, w_desc, s_desc)
-        stages = (
-            gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, 1, 2, ROWS, 128], x_desc.layout),
-            gl.allocate_shared_memory(gl.int32, [STAGES, M // 64, 4, 1, 2, 256], w_desc.layout),
-            gl.allocate_shared_memory(gl.uint8, [STAGES // 2, M // 64, 8, 256], s_desc.layout),
-        )
-        ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        for stage in gl.static_range(STAGES):
-            mbarrier.init(ready.index(stage), count=1)
-        for turn in gl.static_range(STAGES - 1):
-            _copy(sources, stages, ready, place, turn, turn % 2, 2 * steps)
-        acc = gl.zeros((M, ROWS), gl.float32, mma)
-        for step in range(steps):
-            # The tensor cores multiply the low half while the high half is decoded. No product runs across the loop's
-            # end: the compiler would let the next turn compute the same registers anew under it.
-            low = 2 * step
-            _wait(ready, low)
-            scales = _load_scales(stages[2].index(step % (STAGES // 2)), gl.DotOperandLayout(0, mma, 4))
-            acc = _multiply(acc, stages, scales, low, _LOW_ASM, mma)
-            barrier()  # every warp is past the last high half and has these scales
-            _copy(sources, stages, ready, place, low + STAGES - 1, (STAGES - 1) % 2, 2 * steps)
-            _wait(ready, low + 1)
-            acc = _multiply(acc, stages, scales, low + 1, _HIGH_ASM, mma)
-            acc = warpgroup_mma_wait(2, deps=(acc,))  # both products of the low half
-            barrier()
-            _copy(sources, stages, ready, place, low + STAGES, STAGES % 2, 2 * steps)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-
-        _store(acc, row, end, tile_n, out_ptr, index_ptr, x_scale_ptr, global_scale_ptr, num_rows, num_outputs,
-               mma, GATED, SPLIT_K)  # fmt: skip
+        wide = (wide_desc, w_desc, s_desc)
+        narrow = (narrow_desc, w_desc, s_desc)
+        out = (out_ptr, index_ptr, x_scale_ptr, global_scale_ptr, num_rows, num_outputs)
+        if NARROW == WIDE or end - row > NARROW:
+            _run_tile(wide, place, steps, tile_n, out, GATED, SPLIT_K, STAGES, num_warps)
+        else:
+            _run_tile(narrow, place, steps, tile_n, out, GATED, SPLIT_K, NARROW_STAGES, num_warps)
 
 
 @triton.jit(do_not_specialize=("num_rows",))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import replace
 
 import exact_casts  # noqa: F401
 import pytest
@@ -147,8 +148,9 @@ def test_the_tiles_in_use_are_those_that_the_compile_test_sees():
     """Guards: a table that moves on to tiles whose registers spill, or whose products wait for one another."""
 
     def key(spec):
-        _, _, constants, options, _ = spec
-        return constants["ROWS"], constants["STAGES"], constants["SPLIT_K"], *options.items()
+        _, signature, constants, options, _ = spec
+        boxes = signature["wide_desc"], signature["narrow_desc"]
+        return *boxes, constants["STAGES"], constants["SPLIT_K"], *options.items()
 
     seen = {key(spec) for spec in nvfp4_stream.HOPPER_AOT_SPECS}
     used = {key(nvfp4_stream._aot_spec(tile, False)) for _, *tiles in STREAM_TILES for tile in tiles}
@@ -161,8 +163,8 @@ def test_the_tiles_in_use_are_those_that_the_compile_test_sees():
     "tiles",
     [
         None,
-        (StreamTile(32, 4, 3, 4), StreamTile(16, 8, 3, 2, split_k=2)),
-        (StreamTile(64, 8, 3, 2), StreamTile(128, 8, 4, 1)),
+        (StreamTile(16, 32, 4, 3, 4), StreamTile(16, 16, 8, 3, 2, split_k=2)),
+        (StreamTile(32, 64, 8, 3, 2), StreamTile(64, 128, 8, 4, 1)),
     ],
 )
 @pytest.mark.parametrize("expert_range", [None, (2, 4)])
@@ -179,16 +181,24 @@ def test_experts_streamed_as_fp8(tokens, tiles, expert_range):
 
 
 @pytest.mark.skipif(not GPU, reason="Gluon kernels have no interpreter; benchmarks check them too")
-@pytest.mark.parametrize("tile", [StreamTile(32, 4, 3, 4), StreamTile(64, 8, 3, 2), StreamTile(128, 8, 4, 1)])
+@pytest.mark.parametrize(
+    "tile", sorted({tile for _, *pair in STREAM_TILES for tile in pair}, key=str), ids=str
+)
 def test_every_tile_gives_the_same_bits(tile):
-    """Guards: a stage refilled while it is read, registers reused under a running product; empty and full experts."""
-    up, down = random_weights(4, 1024, 5120), random_weights(4, 5120, 512)
+    """Guards: a stage or scales refilled while they are read, registers reused under a running product, rows of the
+    next expert; experts without rows, and with as many as a tile, one fewer and one more, large beside small."""
+    up, down = random_weights(8, 1024, 5120), random_weights(8, 5120, 512)
     weights = (*repacked(*up[:2], True), up[2], *repacked(*down[:2], False), down[2])
-    small = (StreamTile(16, 4, 3, 4),) * 2
-    for tokens in (1, 130, 400):
+    small = StreamTile(16, 16, 4, 3, 4)
+    for sizes in (
+        [0, 65, 1, 300, 16, 64, 17, 63],
+        [129, 0, 33, 2, 128, 31, 127, 32],
+        [0, 0, 7, 0, 0, 0, 1, 0],
+    ):
+        tokens = sum(sizes)
+        ids = torch.arange(8).repeat_interleave(torch.tensor(sizes))[torch.randperm(tokens)]
+        ids, scores = ids.int()[:, None].to(DEVICE), torch.ones(tokens, 1, device=DEVICE)
         x = torch.randn(tokens, 5120, device=DEVICE, dtype=torch.bfloat16) * 0.03
-        ids, scores = moe.route_reference(torch.randn(tokens, 4, device=DEVICE), 1)
-        ids[ids == 1] = 3
-        expected = moe_nvfp4_repacked(x, ids, scores, *weights, None, small)
-        for _ in range(3):
-            assert torch.equal(moe_nvfp4_repacked(x, ids, scores, *weights, None, (tile, tile)), expected)
+        pairs = [(small, replace(small, split_k=tile.split_k)), (replace(tile, split_k=1), tile)]
+        expected, *outs = [moe_nvfp4_repacked(x, ids, scores, *weights, None, pairs[i]) for i in (0, 1, 1, 1)]
+        assert expected.isfinite().all() and all(torch.equal(out, expected) for out in outs)
