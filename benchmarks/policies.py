@@ -53,20 +53,20 @@ class StepCost:
         return (LAYERS * layer + 800 + 1.5 * len(contexts)) / 1e6
 
 
-DECODE_BYTES_PER_US, PREFILL_FLOP_PER_US = 3.65e6, 580e6
+DECODE_BYTES_PER_US, PREFILL_FLOP_PER_US = 3.95e6, 580e6
 COSTS = {
     "FP8": StepCost(
         24_912,
-        (1, 8, 16, 64, 170, 234, 512, 774, 1024, 1664, 8192),
-        (90, 250, 330, 540, 575, 600, 690, 768, 930, 1230, 6200),
+        (1, 8, 16, 64, 110, 200, 256, 512, 622, 768, 878, 1024, 1134, 1390, 1655, 2040, 8192),
+        (91, 278, 350, 562, 562, 574, 643, 710, 772, 831, 925, 961, 1054, 1213, 1290, 1500, 6200),
     ),
     "NVFP4": StepCost(
         51_798,
-        (1, 8, 64, 110, 256, 512, 600, 768, 1024, 1664, 2048, 8192),
-        (91, 215, 370, 387, 480, 640, 689, 790, 940, 1430, 1690, 6280),
+        (1, 8, 16, 64, 110, 200, 256, 512, 622, 768, 878, 1024, 1134, 1390, 1655, 2040, 8192),
+        (89, 223, 254, 384, 388, 436, 497, 598, 670, 742, 817, 957, 1061, 1210, 1290, 1680, 6280),
     ),
 }
-"""H200, 2026-11-26: steps of the engine under load at these sizes (trials_h200.txt); FP8 above 774 is an estimate."""
+"""H200, 2026-11-27: layers under a lasting load at these sizes (trials_h200.txt); 8,192 tokens: whole steps."""
 
 
 class Eager(Pacer):
@@ -119,8 +119,8 @@ def run(cost: StepCost, share: int, policy: str, num_requests: int) -> dict[str,
 def split(plan: Plan) -> tuple[list[int], list[tuple[int, int]]]:
     """Contexts of the plan's decodes, and its pieces of prompts."""
     contexts, prompts = [], []
-    for seq, piece in zip(plan.sequences, plan.step.slices, strict=True):
-        if piece.start >= seq.prompt_len:
+    for piece in plan.step.slices:
+        if piece.num_tokens == 1:  # the last token of a prompt runs as a decode does
             contexts.append(piece.start)
         else:
             prompts.append((piece.start, piece.num_tokens))

@@ -81,14 +81,17 @@ def _is_exact(seq: Sequence) -> bool:
     return sampling.ignore_eos and not sampling.stop and not sampling.stop_token_ids
 
 
-def peak_blocks(current: np.ndarray, final: np.ndarray, layout: KVLayout) -> int:
+def peak_blocks(current: np.ndarray, final: np.ndarray, layout: KVLayout, lag: int = 0) -> int:
     """Most blocks in use at any future step.
 
-    ``current`` and ``final`` are int arrays ``[S]``: tokens that each sequence holds now and at its end. The sum
-    is evaluated just before each end: with the longest first, sequences ``0..k`` live until sequence k ends.
+    ``current`` and ``final`` are int arrays ``[S]``: tokens that each sequence holds now and at its end, which come
+    back ``lag`` steps later. The sum is evaluated just before each return: with the longest first, sequences ``0..k``
+    hold blocks until k returns its.
     """
-    held, steps = _by_end(current, final)
-    full = -(-(held[None, :] + steps[:, None]) // layout.block_size)  # [ends, sequences]
+    held, steps, most = _by_end(current, final)
+    steps = steps + lag
+    tokens = np.minimum(held[None, :] + steps[:, None], most[None, :])  # [ends, sequences]
+    full = -(-tokens // layout.block_size)
     per_sequence = full * layout.local.count(False)
     if layout.chunk_size is not None:  # local layers hold no more than their chunk
         local = np.minimum(full, -(-layout.chunk_size // layout.block_size) + 1)
@@ -96,34 +99,34 @@ def peak_blocks(current: np.ndarray, final: np.ndarray, layout: KVLayout) -> int
     return int(np.tril(per_sequence).sum(axis=1).max())
 
 
-def most_peak_blocks(current: np.ndarray, final: np.ndarray, layout: KVLayout) -> int:
+def most_peak_blocks(current: np.ndarray, final: np.ndarray, layout: KVLayout, lag: int = 0) -> int:
     """An upper bound of ``peak_blocks`` in linear time: every sequence wastes all but one place of a block."""
-    held, steps = _by_end(current, final)
+    held, steps, _ = _by_end(current, final)
     alive = np.arange(1, len(held) + 1)
-    tokens = np.cumsum(held) + (steps + layout.block_size - 1) * alive
+    tokens = np.cumsum(held) + (steps + lag + layout.block_size - 1) * alive
     return int((tokens // layout.block_size).max()) * len(layout.local)
 
 
-def _by_end(current: np.ndarray, final: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens held and steps to go, the longest to go first."""
+def _by_end(current: np.ndarray, final: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens held, steps to go, and tokens at the end, the longest to go first."""
     order = np.argsort(current - final, kind="stable")
-    return current[order], (final - current)[order]
+    return current[order], (final - current)[order], final[order]
 
 
 def fits(
     running: Iterable[Sequence],
-    candidate: Sequence,
+    candidates: Iterable[Sequence],
     estimator: OutputEstimator,
     layout: KVLayout,
     capacity: int,
 ) -> bool:
-    """Whether the running sequences and the candidate are expected to stay within ``capacity`` blocks."""
-    sequences = [*running, candidate]
+    """Whether the running sequences and the candidates are expected to stay within ``capacity`` blocks."""
+    sequences = [*running, *candidates]
     current = np.array([max(seq.length, seq.prompt_len) for seq in sequences])
-    final = np.array([max(estimator.expected_total(seq), seq.length) + RELEASE_LAG for seq in sequences])
+    final = np.array([max(estimator.expected_total(seq), seq.length) for seq in sequences])
     return (
-        most_peak_blocks(current, final, layout) <= capacity
-        or peak_blocks(current, final, layout) <= capacity
+        most_peak_blocks(current, final, layout, RELEASE_LAG) <= capacity
+        or peak_blocks(current, final, layout, RELEASE_LAG) <= capacity
     )
 
 
@@ -144,6 +147,13 @@ class Holdings:
         pairs = (self.held, other.held), (self.at_end, other.at_end), (self.steps, other.steps)
         return Holdings(*(np.concatenate(pair) for pair in pairs))
 
+    def at_ends(self) -> tuple[np.ndarray, np.ndarray]:
+        """Steps until each end, the last first, and the blocks in use just before it, ``[S]`` both."""
+        order = np.argsort(-self.steps, kind="stable")
+        ends = self.steps[order]
+        growth = (self.at_end - self.held)[order] / np.maximum(ends, 1)
+        return ends, np.cumsum(self.held[order]) + np.cumsum(growth) * ends
+
 
 def steps_until_room(running: Holdings, group: Holdings, capacity: int, waste: float = 0.0) -> float:
     """Steps until all of ``group``, which are alike, can start together; infinite if ``running`` leaves no such room.
@@ -152,10 +162,7 @@ def steps_until_room(running: Holdings, group: Holdings, capacity: int, waste: f
     ``count x (held + growth x age)``: the room at each end says how old it may be. Those that end after the group
     must leave room for its own end. ``waste``: blocks begun and not full, of each sequence on its way.
     """
-    order = np.argsort(-running.steps, kind="stable")
-    ends = running.steps[order]
-    growth = (running.at_end - running.held)[order] / np.maximum(ends, 1)
-    in_use = np.cumsum(running.held[order]) + np.cumsum(growth) * ends
+    ends, in_use = running.at_ends()
     if in_use.max(initial=0) > capacity or group.at_end.sum() > capacity:
         return math.inf
     if not len(group.steps):

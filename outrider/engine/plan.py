@@ -66,7 +66,10 @@ class PlanDraft:
         seq.num_pending += samples
 
     def build(self, step_id: int) -> Plan:
-        """The finished step, with the grammar masks of the rows that sample."""
+        """The finished step, single tokens first, with the grammar masks of the rows that sample."""
+        order = sorted(range(len(self.slices)), key=lambda i: self.slices[i].num_tokens > 1)
+        self.slices = [self.slices[i] for i in order]
+        self.sequences = [self.sequences[i] for i in order]
         masks = {
             piece.row: seq.grammar.mask()
             for seq, piece in zip(self.sequences, self.slices, strict=True)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import bisect
 import logging
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from outrider.engine.kv_manager import KVManager
 from outrider.engine.plan import Plan, PlanDraft
+from outrider.engine.queues import Queues
 from outrider.engine.sequence import Sequence, SequenceStatus
 from outrider.engine.starts import Starts
 from outrider.types import (
@@ -70,8 +70,7 @@ class Scheduler:
             kv_blocks_total=kv.pool.capacity, step_token_counts=[0] * (len(STEP_TOKEN_BUCKETS) + 1)
         )
         self.starts = Starts(kv, limits.prefill_share_tokens, limits.max_num_seqs)
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+        self._queues = Queues(by_priority=limits.priority)
         self._by_id: dict[str, Sequence] = {}
         self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self._num_added = 0
@@ -94,7 +93,7 @@ class Scheduler:
         self._num_added += 1
         self._by_id[request.request_id] = seq
         self.starts.came(seq)
-        self._enqueue(seq)
+        self._queues.enqueue(seq)
         return None
 
     def abort(
@@ -116,14 +115,17 @@ class Scheduler:
         draft = PlanDraft()
         decoding: list[Sequence] = []
         others: list[Sequence] = []
-        for seq in self._running:
+        for seq in self._queues.running:
             (decoding if seq.is_decoding else others).append(seq)
         self._plan_decodes(draft, decoding)
         budget = self.limits.max_num_batched_tokens - len(draft.slices)
         if draft.slices:
             budget = min(budget, self.starts.share_beside(len(draft.slices)))
-        budget = self._plan_running_prefills(draft, others, budget)
-        self._admit(draft, budget)
+        budget = self._plan_prefills(draft, others, budget)
+        budget = self._start_next(draft, budget)
+        budget = self._plan_prefills(draft, list(self._queues.held), budget)
+        if not self.limits.priority:  # one that comes later may go first
+            self._hold_next(draft, budget)
         if not draft.slices:
             return None
         self._count_step(draft.num_tokens)
@@ -143,50 +145,72 @@ class Scheduler:
             if self._extend_or_preempt(seq, seq.num_computed + 1, draft):
                 draft.add(seq, 1)
 
-    def _plan_running_prefills(self, draft: PlanDraft, prefilling: list[Sequence], budget: int) -> int:
-        """The next chunk of every admitted prompt, oldest first; returns the budget that is left."""
+    def _plan_prefills(self, draft: PlanDraft, prefilling: list[Sequence], budget: int) -> int:
+        """The next chunk of every prompt that has a row, oldest first; returns the budget that is left."""
         for seq in prefilling:
             if budget <= 0:
                 break
-            if seq.status is not SequenceStatus.RUNNING or not self._can_plan(seq):
+            if seq.row < 0 or not self._can_plan(seq):  # without a row: preempted on the way
                 continue
             count = self._slice_len(seq, budget)
-            if self._extend_or_preempt(seq, seq.num_computed + count, draft):
+            if count and self._extend_or_preempt(seq, seq.num_computed + count, draft):
                 draft.add(seq, count)
                 budget -= count
         return budget
 
-    def _admit(self, draft: PlanDraft, budget: int) -> None:
-        """Start waiting sequences, in order, while rows, tokens, expected blocks and the pace allow."""
+    def _start_next(self, draft: PlanDraft, budget: int) -> int:
+        """Start sequences, in order, while rows, tokens, expected blocks and the pace allow; returns what is left."""
         self.starts.next_step()
-        while self._waiting and budget > 0 and self._free_rows:
-            seq = self._waiting[0]
-            if seq.in_flight or not self.starts.may_start(self._running, self._waiting):
+        while budget > 0 and (seq := self._queues.next_up) is not None:
+            is_held = seq.status is SequenceStatus.HELD
+            if not (is_held or self._free_rows) or not self.starts.may_start(seq, self._queues):
                 break
-            seq.num_computed = self.kv.match_prefix(seq)
-            count = self._slice_len(seq, budget)
-            seq.row = self._free_rows[-1]
-            updates = self.kv.try_extend(seq, seq.num_computed + count)
-            if updates is None:  # the estimate was too low for those running: wait for blocks
-                self.kv.release(seq)
-                seq.num_computed, seq.row = 0, -1
-                break
-            self._free_rows.pop()
-            self._waiting.popleft()
-            self._start(seq)
-            draft.updates.extend(self.kv.table_updates(seq))
-            draft.start_row(seq)
-            draft.add(seq, count)
-            budget -= count
-
-    def _start(self, seq: Sequence) -> None:
-        seq.status = SequenceStatus.RUNNING
-        bisect.insort(self._running, seq, key=lambda s: s.order)
-        if seq.num_outputs == 0:
+            if is_held:
+                self._queues.move(seq, SequenceStatus.RUNNING)
+                left = self._plan_prefills(draft, [seq], budget)
+            else:
+                left = self._take_row(seq, SequenceStatus.RUNNING, draft, budget)
+                if left == budget:
+                    break
             self.starts.started(seq)
+            budget = left
+        return budget
+
+    def _hold_next(self, draft: PlanDraft, budget: int) -> None:
+        """Compute prompts ahead of their turn, in order, where others leave tokens and blocks for that."""
+        waiting = self._queues.waiting
+        while budget > 0 and waiting and self._free_rows and self.starts.may_hold(waiting[0], self._queues):
+            left = self._take_row(waiting[0], SequenceStatus.HELD, draft, budget)
+            if left == budget:
+                break
+            budget = left
+
+    def _take_row(self, seq: Sequence, status: SequenceStatus, draft: PlanDraft, budget: int) -> int:
+        """Give one that waits a row, its first blocks and ``status``; returns the budget that is left.
+
+        All of it, and nothing changed, where blocks are missing because the estimate was too low for those running, or
+        where there is nothing to compute yet.
+        """
+        if seq.in_flight:
+            return budget
+        seq.num_computed = self.kv.match_prefix(seq)
+        count = min(self._slice_len(seq, budget), seq.remaining - (status is SequenceStatus.HELD))
+        seq.row = self._free_rows[-1]
+        updates = self.kv.try_extend(seq, seq.num_computed + count) if count else None
+        if updates is None:
+            self.kv.release(seq)
+            seq.num_computed, seq.row = 0, -1
+            return budget
+        self._free_rows.pop()
+        self._queues.move(seq, status)
+        if seq.num_outputs == 0:
             seq.num_cached = seq.num_computed
             self.stats.prefix_query_tokens += seq.prompt_len
             self.stats.cached_prompt_tokens += seq.num_cached
+        draft.updates.extend(self.kv.table_updates(seq))
+        draft.start_row(seq)
+        draft.add(seq, count)
+        return budget - count
 
     def _can_plan(self, seq: Sequence) -> bool:
         """Whether the next slice can be decided without the tokens that are still in flight."""
@@ -202,7 +226,7 @@ class Scheduler:
 
     def _slice_len(self, seq: Sequence, budget: int) -> int:
         end = self.kv.chunk_end(seq.num_computed)
-        count = min(seq.remaining, budget)
+        count = min(seq.remaining - (seq.status is SequenceStatus.HELD), budget)
         return count if end is None else min(count, end - seq.num_computed)
 
     def _extend_or_preempt(self, seq: Sequence, num_tokens: int, draft: PlanDraft) -> bool:
@@ -213,7 +237,8 @@ class Scheduler:
                 draft.updates.extend(updates)
                 return True
             planned = {id(other) for other in draft.sequences}
-            victim = next(s for s in reversed(self._running) if s is seq or id(s) not in planned)
+            started = [*self._queues.running, *self._queues.held]
+            victim = next(s for s in reversed(started) if s is seq or id(s) not in planned)
             self._preempt(victim)
             if victim is seq:
                 return False
@@ -225,24 +250,11 @@ class Scheduler:
         device it runs after the step that still reads them.
         """
         self.stats.preemptions += 1
-        self._running.remove(seq)
         self._give_back(seq)
         seq.num_computed = 0
         if seq.num_read == 0:
             seq.prompt_logprobs.clear()
-        seq.status = SequenceStatus.WAITING
-        self._waiting.appendleft(seq)
-
-    def _enqueue(self, seq: Sequence) -> None:
-        if not self.limits.priority:
-            self._waiting.append(seq)
-            return
-        key = (seq.request.priority, seq.order)
-        index = next(
-            (i for i, s in enumerate(self._waiting) if (s.request.priority, s.order) > key),
-            len(self._waiting),
-        )
-        self._waiting.insert(index, seq)
+        self._queues.move(seq, SequenceStatus.WAITING)
 
     # -- commit --------------------------------------------------------------------------------------
 
@@ -296,7 +308,7 @@ class Scheduler:
         """Positions of the slice are final, unless the sequence lost its blocks meanwhile."""
         if piece.start < seq.prompt_len:
             self.stats.prompt_tokens += min(piece.start + piece.num_tokens, seq.prompt_len) - piece.start
-        if seq.status is SequenceStatus.RUNNING:
+        if seq.status in (SequenceStatus.RUNNING, SequenceStatus.HELD):
             self.kv.commit(seq, piece.start + piece.num_tokens)
 
     def _commit_token(
@@ -346,12 +358,8 @@ class Scheduler:
     # -- endings -------------------------------------------------------------------------------------
 
     def _finish(self, seq: Sequence, reason: str) -> None:
-        if seq.status is SequenceStatus.WAITING:
-            self._waiting.remove(seq)
-        else:
-            self._running.remove(seq)
+        self._queues.move(seq, SequenceStatus.FINISHED)
         self.starts.ended(seq, by_itself=reason in (FINISH_STOP, FINISH_LENGTH))
-        seq.status = SequenceStatus.FINISHED
 
     def _release(self, seq: Sequence) -> None:
         """The one place where a finished sequence leaves: blocks, row and name."""
@@ -368,9 +376,10 @@ class Scheduler:
     def update_stats(self) -> EngineStats:
         """The snapshot that travels with the events."""
         stats = self.stats
-        stats.num_running = len(self._running)
-        stats.num_waiting = len(self._waiting)
-        stats.waiting_prompt_tokens = sum(len(s.token_ids) for s in self._waiting)
+        waiting, held = self._queues.waiting, self._queues.held
+        stats.num_running = len(self._queues.running)
+        stats.num_waiting = len(waiting) + len(held)
+        stats.waiting_prompt_tokens = sum(len(s.token_ids) for s in waiting) + sum(s.remaining for s in held)
         stats.kv_blocks_used = self.kv.pool.num_used
         return stats
 

@@ -23,6 +23,7 @@ class SequenceStatus(enum.Enum):
     """Where the scheduler keeps the sequence."""
 
     WAITING = enum.auto()
+    HELD = enum.auto()  # its prompt is computed ahead of its turn, all but the last token
     RUNNING = enum.auto()
     FINISHED = enum.auto()
 
@@ -44,6 +45,7 @@ class Sequence:
     token_ids: list[int] = field(init=False)
     block_tables: list[list[int]] = field(init=False)
     status: SequenceStatus = SequenceStatus.WAITING
+    prompt_blocks: int = 0  # blocks that its prompt takes
     demand: int = 0  # blocks that it was expected to hold at its end when it came
     paid: int = 0  # blocks times steps that its start was paid with
     row: int = -1

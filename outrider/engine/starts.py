@@ -1,19 +1,21 @@
 """When waiting requests start: as early as memory allows, spread over time, or held back and then all at once.
 
 Called by the scheduler, in this order each step: ``next_step``, then ``may_start`` and ``started`` for every request
-at the head of the queue. The choice between the last two matters only while requests of like length are more than
-fit together, see ADR 9 and 10; all others start as soon as ``admission.fits`` says that they can stay.
+at the head of the queue, then ``may_hold``. The choice between the last two matters only while requests of like length
+are more than fit together, see ADR 9 and 10; all others start as soon as ``admission.fits`` says that they can stay.
+While requests are held back, their prompts are computed, all but the last token.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import math
 
 import numpy as np
 
-from outrider.engine.admission import RELEASE_LAG, Holdings, OutputEstimator, fits, steps_until_room
+from outrider.engine.admission import Holdings, OutputEstimator, fits, steps_until_room
 from outrider.engine.kv_manager import KVManager
-from outrider.engine.sequence import Sequence
+from outrider.engine.queues import Queues
+from outrider.engine.sequence import Sequence, SequenceStatus
 
 QUIET_STEPS = 64
 """The usual patience: two to three seconds of a busy server."""
@@ -39,7 +41,7 @@ By the cost model FP8 would wait for 0.7 of that time and gain 1 %, NVFP4 for 0.
 
 
 def wave_share(share: int, num_decodes: int) -> int:
-    """Prompt tokens beside so many decodes while the last requests start together; ``share``: the usual ones."""
+    """Prompt tokens beside so many decodes while the last requests are made ready; ``share``: the usual ones."""
     return max(share, min(LAST_WAVE_SHARES * share, LAST_WAVE_TOKENS - num_decodes))
 
 
@@ -95,12 +97,14 @@ class Starts:
         self._demand = 0  # blocks that all live sequences are expected to hold at their ends
         self._patience = self._usual_patience = patience
         self._quiet_steps = 0.0
-        self._hold_steps = 0
+        self._hold_steps = 0.0
         self._is_last_wave = False
+        self._room_to_hold = 0.0  # blocks that those that run leave to prompts of those that are held
 
     def share_beside(self, num_decodes: int) -> int:
         """Prompt tokens that may ride beside so many decodes in the next step."""
-        return wave_share(self._share, num_decodes) if self._is_last_wave else self._share
+        is_planned = self._is_last_wave or self._room_to_hold > 0
+        return wave_share(self._share, num_decodes) if is_planned else self._share
 
     def came(self, seq: Sequence) -> None:
         """A request was queued."""
@@ -108,10 +112,11 @@ class Starts:
             self._patience = self._usual_patience
         elif self._is_last_wave:  # it was not the last: requests follow those that end
             self._patience = max(self._patience, self.estimator.mean_outputs(seq))
+        seq.prompt_blocks = self._kv.num_blocks_for(seq.prompt_len)
         seq.demand = self._kv.num_blocks_for(self.estimator.expected_total(seq))
         self._demand += seq.demand
         self.estimator.follow(seq, 1)
-        self._quiet_steps, self._hold_steps, self._is_last_wave = 0, 0, False
+        self._quiet_steps, self._hold_steps, self._is_last_wave, self._room_to_hold = 0, 0, False, 0
 
     def next_step(self) -> None:
         """Another step is being planned."""
@@ -119,15 +124,26 @@ class Starts:
         self._quiet_steps += 1
         self._hold_steps -= 1
 
-    def may_start(self, running: list[Sequence], waiting: deque[Sequence]) -> bool:
-        """Whether the head of ``waiting`` starts now: there will be room, and it is its turn."""
-        head = waiting[0]
-        if not running:
+    def may_start(self, seq: Sequence, queues: Queues) -> bool:
+        """Whether ``seq``, the next one up, starts now: there will be room, and it is its turn."""
+        if not queues.running:
             return True
-        in_waves = self._demand > self._capacity and not head.paid and self.estimator.is_regular(head)
-        if in_waves and not self._is_its_turn(running, waiting):
-            return False
-        return fits(running, head, self.estimator, self._kv.layout, self._capacity)
+        is_held = seq.status is SequenceStatus.HELD
+        if self._is_in_waves(seq):
+            if not self._is_its_turn(queues):
+                return False
+            if self._is_last_wave and is_held:
+                return True  # all those held were found to fit
+        room = self._capacity - _blocks_of(queues) + is_held * seq.prompt_blocks
+        return fits(queues.running, (seq,), self.estimator, self._kv.layout, room)
+
+    def may_hold(self, seq: Sequence, queues: Queues) -> bool:
+        """Whether the prompt of ``seq``, the first that waits, is computed ahead of its turn."""
+        room = self._room_to_hold - _blocks_of(queues)
+        return seq.prompt_blocks <= room and self._is_in_waves(seq)
+
+    def _is_in_waves(self, seq: Sequence) -> bool:
+        return self._demand > self._capacity and not seq.paid and self.estimator.is_regular(seq)
 
     def started(self, seq: Sequence) -> None:
         """A request starts; one that was preempted in its prompt has paid."""
@@ -153,54 +169,55 @@ class Starts:
         num_steps = num_outputs + seq.prompt_len // self._share
         return self._kv.num_blocks_for(seq.prompt_len + num_outputs // 2) * num_steps
 
-    def _is_its_turn(self, running: list[Sequence], waiting: deque[Sequence]) -> bool:
+    def _is_its_turn(self, queues: Queues) -> bool:
         if self._quiet_steps < self._patience:
             return self._pacer.may_start
         if self._is_last_wave or self._hold_steps > 0:
             return self._is_last_wave
-        return self._begin_or_hold(running, waiting)
+        return self._begin_or_hold(queues)
 
-    def _begin_or_hold(self, running: list[Sequence], waiting: deque[Sequence]) -> bool:
-        """Whether the queue is through sooner when its head starts now, if nothing else comes.
+    def _begin_or_hold(self, queues: Queues) -> bool:
+        """Whether the queue is through sooner when the next one up starts now, if nothing else comes.
 
         The last ones, as many as fit together at their ends, start together as soon as the others leave room for that;
         those before them start now. One of the last starts alone only if that does not put the others off.
         """
-        head, count = waiting[0], len(waiting)
-        blocks_for, num_outputs = self._kv.num_blocks_for, self.estimator.mean_outputs(head)
-        total = self.estimator.expected_total(head)
-        held, at_end = blocks_for(head.prompt_len), blocks_for(total)
-        # Those that end in the same step hold their blocks a little longer.
-        num_at_once = wave_share(self._share, len(running) + count // 2) // head.prompt_len + 1
-        lag = blocks_for(total + RELEASE_LAG) - at_end
-        capacity = max(at_end, self._capacity - lag * min(count, num_at_once * (1 + RELEASE_LAG)))
-        if capacity // at_end > self._max_num_seqs:
+        running, queue = queues.running, [*queues.held, *queues.waiting]
+        head, count = queue[0], len(queue)
+        num_outputs, total = self.estimator.mean_outputs(head), self.estimator.expected_total(head)
+        at_end = self._kv.num_blocks_for(total)
+        if self._capacity // at_end > self._max_num_seqs:
             return self._pacer.may_start  # rows run out before memory does: no end to plan for
-        num_first = max(1, count - capacity // at_end)
+        num_first = max(1, count - self._capacity // at_end)
         others = self._holdings(running)
+        waste = 0.5 * len(self._kv.layout.local)  # half a block on average; none may be left over
 
-        def wait_of(number: int, others: Holdings) -> float:
-            """Steps until so many can start together; not all do so in the first step, which saves half of that."""
-            last = Holdings.of_equals(held, at_end, num_outputs, number)
-            start_steps = number * head.prompt_len / wave_share(self._share, len(running) + number // 2)
-            waste = 0.75 * len(self._kv.layout.local)  # half a block on average; none may be left over
-            return max(0.0, steps_until_room(others, last, capacity, waste) - start_steps / 2)
+        def wait_of(group: list[Sequence], others: Holdings) -> float:
+            """Steps until the group can start together; what is left of its prompts delays it by half of its steps."""
+            last = Holdings.of_equals(head.prompt_blocks, at_end, num_outputs, len(group))
+            tokens = sum(seq.prompt_len - seq.num_computed - 1 for seq in group)
+            steps = tokens / wave_share(self._share, len(running) + len(group) // 2)
+            return max(0.0, steps_until_room(others, last, self._capacity, waste) - steps / 2)
 
-        together = wait_of(count, others)
-        self._is_last_wave = together == 0
-        if self._is_last_wave:
+        together = wait_of(queue, others)
+        if together == 0 and fits(running, queues.held, self.estimator, self._kv.layout, self._capacity):
+            self._is_last_wave = True
             return True
-        first = Holdings.of_equals(held, at_end, num_outputs, num_first)
-        apart = wait_of(count - num_first, others + first)
+        first = Holdings.of_equals(head.prompt_blocks, at_end, num_outputs, num_first)
+        apart = wait_of(queue[num_first:], others + first)
         evenly = count * self._area(head, num_outputs) / self._capacity
         if min(together, apart) > WORTH_WAITING * evenly:
             self._quiet_steps = self._patience - LOOK_AGAIN_STEPS  # a look costs a millisecond
+            self._room_to_hold = 0
             return self._pacer.may_start
+        in_use = (others + first).at_ends()[1].max()
+        self._room_to_hold = self._capacity - in_use - waste * (len(running) + num_first)
         if apart > together:
-            self._hold_steps = int(together) // 2  # then look again
+            self._hold_steps = together // 2  # then look again
             return False
         # Starts at the rate at which ends will make room for what all others then grow.
-        self._hold_steps = total // (len(running) + count)
+        age = max(seq.num_outputs for seq in running)
+        self._hold_steps = total * math.log((len(running) + 1 + count) / count) - age
         return True
 
     def _holdings(self, running: list[Sequence]) -> Holdings:
@@ -211,3 +228,8 @@ class Starts:
             at_end=np.array([blocks_for(total) for total in totals], dtype=np.float64),
             steps=np.array([total - seq.length + 1 for seq, total in zip(running, totals, strict=True)]),
         )
+
+
+def _blocks_of(queues: Queues) -> int:
+    """Blocks that those held hold or will."""
+    return sum(seq.prompt_blocks for seq in queues.held)
