@@ -140,10 +140,11 @@ def test_dense_rows_are_nearer_than_four_bit_activations():
 
 @pytest.mark.parametrize("rows", [6, 130])
 def test_rows_leave_their_scales_to_the_reader(rows):
-    """Guards: the scale of the weights left out too, or that of the rows taken twice; the same bits on a CPU."""
+    """Guards: the scale of the weights left out too, of rows taken twice or of others; the same bits on a CPU."""
     packed, scale, _ = random_weights(48, 1024)
     weight = nvfp4.nvfp4_to_fp8_rows(packed, scale, 0.003 * ONE)
-    x = torch.randn(rows, 1024, device=DEVICE, dtype=WIDE) * torch.rand(rows, 1, device=DEVICE, dtype=WIDE)
+    sizes = torch.exp2(4.0 * (torch.arange(rows, device=DEVICE) % 3)).to(WIDE)
+    x = torch.randn(rows, 1024, device=DEVICE, dtype=WIDE) * sizes[:, None]
     expected = nvfp4.fp8_rows_linear(x, *weight, WIDE)
     for operand in (x, quantize_fp8_rowwise(x)):
         out = nvfp4.fp8_rows_unscaled(operand, *weight, WIDE)
