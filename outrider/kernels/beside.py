@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -22,7 +23,10 @@ trials_h200.txt
 """
 
 
-def run_beside(work: Callable[[], torch.Tensor], x: torch.Tensor) -> Callable[[], torch.Tensor]:
+Result = TypeVar("Result")
+
+
+def run_beside(work: Callable[[], Result], x: torch.Tensor) -> Callable[[], Result]:
     """Start ``work`` beside what the caller launches next; the function returned makes the stream wait for its result.
 
     ``x``: the rows that both take. Call that function before anything that ``work`` reads is freed or written.
@@ -36,7 +40,7 @@ def run_beside(work: Callable[[], torch.Tensor], x: torch.Tensor) -> Callable[[]
     with torch.cuda.stream(side), second_lane():
         result = work()
 
-    def join() -> torch.Tensor:
+    def join() -> Result:
         main.wait_stream(side)
         return result
 

@@ -84,7 +84,7 @@ MAX_SPLIT_K = 16
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``x[T, K] @ weight[N, K].T -> [T, N]`` in the common dtype, float32 accumulation."""
-    tile = _skinny_tile(x, weight)
+    tile = _skinny_tile(x.shape[0], weight)
     if tile is None:
         return F.linear(x, weight)
     return skinny_triton(x, weight, None, None, x.dtype, tile)
@@ -109,7 +109,7 @@ def fp8_linear(
     lone = lone_row_tile(x.shape[0], weight)
     if lone is not None:
         return gemv_triton(x, weight, x_scale, w_scale, out_dtype, lone)
-    tile = _skinny_tile(x, weight)
+    tile = _skinny_tile(x.shape[0], weight)
     if tile is None:
         return fp8_linear_cublas(x, weight, x_scale, w_scale, out_dtype, one_scale)
     return skinny_triton(x, weight, x_scale, w_scale, out_dtype, tile)
@@ -120,6 +120,17 @@ def lone_row_tile(num_rows: int, weight: torch.Tensor) -> GemvTile | None:
     if not on_gpu(weight) or num_rows != 1 or is_invariant() or GEMV_TILE is None:
         return None
     return GEMV_TILE if GEMV_TILE.takes(weight.shape[1]) else None
+
+
+def one_scale_is_faster(num_rows: int, weight: torch.Tensor) -> bool:
+    """Whether cuBLASLt multiplies so many FP8 rows, and has better kernels if all have one scale, as the outputs do."""
+    if not on_gpu(weight) or _skinny_tile(num_rows, weight) is not None:
+        return False
+    return num_rows <= _most_one_scale_rows(weight)
+
+
+def _most_one_scale_rows(weight: torch.Tensor) -> int:
+    return next(rows for outputs, rows in ONE_SCALE_ROWS if weight.shape[0] <= outputs)
 
 
 def fp8_linear_reference(
@@ -144,8 +155,7 @@ def fp8_linear_cublas(
     one_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``fp8_linear`` through torch's scaled product: one scale, or a scale a row and one a column (bf16 out only)."""
-    most_rows = next(rows for outputs, rows in ONE_SCALE_ROWS if weight.shape[0] <= outputs)
-    if one_scale is not None and x.shape[0] <= most_rows:
+    if one_scale is not None and x.shape[0] <= _most_one_scale_rows(weight):
         w_scale, row_scale = _ones(1, x.device), one_scale.reshape(1, 1)
     elif x_scale is None:
         row_scale = _ones(power_of_two_at_least(x.shape[0], 1024), x.device)[: x.shape[0]]
@@ -279,14 +289,14 @@ def skinny_triton(
     return out
 
 
-def _skinny_tile(x: torch.Tensor, weight: torch.Tensor) -> SkinnyTile | None:
+def _skinny_tile(num_rows: int, weight: torch.Tensor) -> SkinnyTile | None:
     """The table's entry for this many rows, or None where cuBLASLt is the choice."""
-    if not on_gpu(x) or (weight.shape[1] * weight.element_size()) % 16:
+    if not on_gpu(weight) or (weight.shape[1] * weight.element_size()) % 16:
         return None
     if is_invariant():
         return INVARIANT_TILES.get(weight.dtype)
     for most_rows, tile in SKINNY_TILES.get(weight.dtype, ()):
-        if x.shape[0] <= most_rows:
+        if num_rows <= most_rows:
             return tile
     return None
 

@@ -24,6 +24,9 @@ from outrider.kernels.quantize import (
     Fp8Form,
     Fp8Rows,
     Operand,
+    Product,
+    ScaledRows,
+    apply_scale,
     empty_rows,
     load_tiles,
     quantize_rows_reference,
@@ -47,7 +50,7 @@ class Normed(NamedTuple):
 class LazySum(NamedTuple):
     """``a + b``, both ``[T, M]`` in the model dtype, to which it is rounded: made by the norm that reads it."""
 
-    a: torch.Tensor
+    a: Product
     b: torch.Tensor
 
     @property
@@ -56,13 +59,15 @@ class LazySum(NamedTuple):
         return self.a.shape
 
 
-Addend = torch.Tensor | LazySum
+Addend = Product | LazySum
 """What a part of a layer adds to the residual."""
 
 
 def summed(x: Addend) -> torch.Tensor:
     """``x`` as one tensor."""
-    return x.a + x.b if isinstance(x, LazySum) else x
+    if isinstance(x, LazySum):
+        return summed(x.a) + x.b
+    return x.tensor() if isinstance(x, ScaledRows) else x
 
 
 def rms_norm(
@@ -115,6 +120,7 @@ def rms_norm_reference(
 @triton.jit
 def _rms_norm_kernel(
     x_ptr,
+    x_scale_ptr,
     second_ptr,
     weight_ptr,
     residual_ptr,
@@ -126,6 +132,7 @@ def _rms_norm_kernel(
     residual_stride,
     num_cols,
     eps,
+    IS_SCALED: tl.constexpr,
     IS_SUM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_Y: tl.constexpr,
@@ -145,6 +152,8 @@ def _rms_norm_kernel(
         scale = tl.load(scale_ptr)
     wait_for_inputs(OVERLAP)
     rows = load_tiles(x_ptr + row * x_stride, num_cols, TILES, BLOCK)
+    if IS_SCALED:
+        x_scale = tl.load(x_scale_ptr + row)
     if IS_SUM:
         seconds = load_tiles(second_ptr + row * second_stride, num_cols, TILES, BLOCK)
     if HAS_RESIDUAL:
@@ -154,6 +163,8 @@ def _rms_norm_kernel(
     for i in tl.static_range(TILES):
         cols = i * BLOCK + tl.arange(0, BLOCK)
         x = rows[i]
+        if IS_SCALED:
+            x = apply_scale(x, x_scale)
         if IS_SUM:
             x = (x.to(tl.float32) + seconds[i].to(tl.float32)).to(x.dtype)
         if HAS_RESIDUAL:
@@ -217,6 +228,7 @@ def _launch(
 ) -> Fp8Rows | None:
     """Write ``y``, if there is one, and rows in ``form``, if there is one: those are returned."""
     x, second = x if isinstance(x, LazySum) else (x, None)
+    x, x_scale = (x.y, x.scale) if isinstance(x, ScaledRows) else (x, None)
     num_rows, num_cols = x.shape
     fp8 = None if form is None else empty_rows(x.shape, x.device, form)
     if num_rows == 0:
@@ -226,6 +238,7 @@ def _launch(
     block, num_warps = _tile(num_cols, per_row)
     _rms_norm_kernel[(num_rows,)](
         x,
+        x_scale,
         second,
         weight,
         residual,
@@ -237,6 +250,7 @@ def _launch(
         0 if residual is None else residual.stride(0),
         num_cols,
         eps,
+        IS_SCALED=x_scale is not None,
         IS_SUM=second is not None,
         HAS_RESIDUAL=residual is not None,
         HAS_Y=y is not None,
@@ -264,6 +278,7 @@ def _tile(num_cols: int, per_row: bool) -> tuple[int, int]:
 
 _ROW = {
     "x_ptr": "*bf16",
+    "x_scale_ptr": "*fp32",
     "second_ptr": "*bf16",
     "weight_ptr": "*bf16",
     "residual_ptr": "*bf16",
@@ -281,11 +296,16 @@ _SIZES = {
 _FLAGS = {"IS_SUM": True, "HAS_RESIDUAL": True, "HAS_FP8": True}
 
 
-def _aot_spec(has_y: bool, per_row: bool, overlap: bool):
+def _aot_spec(has_y: bool, per_row: bool, overlap: bool, scaled: bool = False):
     block, num_warps = _tile(5120, per_row)
     tile = {"TILES": ceil_div(5120, block), "BLOCK": block, "OVERLAP": overlap}
-    constants = _FLAGS | tile | {"HAS_Y": has_y, "PER_ROW": per_row}
+    constants = _FLAGS | tile | {"IS_SCALED": scaled, "HAS_Y": has_y, "PER_ROW": per_row}
     return _rms_norm_kernel, _ROW | _SIZES, constants, {"num_warps": num_warps}
 
 
-AOT_SPECS = [_aot_spec(True, True, False), _aot_spec(False, True, True), _aot_spec(True, False, True)]
+AOT_SPECS = [
+    _aot_spec(True, True, False),
+    _aot_spec(True, True, False, scaled=True),
+    _aot_spec(False, True, True),
+    _aot_spec(True, False, True),
+]

@@ -16,7 +16,14 @@ from outrider.kernels._dispatch import on_gpu
 from outrider.kernels.gemm import fp8_linear, lone_row_tile
 from outrider.kernels.gemv import gemv_triton
 from outrider.kernels.nvfp4_decode import FP8_SHIFT, dequantize_nvfp4_triton, nvfp4_to_fp8_triton
-from outrider.kernels.quantize import FP8_MAX, Fp8Form, Fp8Rows, Operand, quantize_fp8_rowwise
+from outrider.kernels.quantize import (
+    FP8_MAX,
+    Fp8Form,
+    Fp8Rows,
+    Operand,
+    ScaledRows,
+    quantize_fp8_rowwise,
+)
 
 BLOCK_SIZE = 16
 """Elements along the input dimension that share one e4m3 scale (NVFP4 format)."""
@@ -95,6 +102,14 @@ def fp8_rows_linear(
             return gemv_triton(x.contiguous(), weight, None, w_scale, out_dtype, lone)
         x = quantize_fp8_rowwise(x)
     return fp8_linear(x.codes, weight, x.scale, w_scale, out_dtype)
+
+
+def fp8_rows_unscaled(
+    x: Operand, weight: torch.Tensor, w_scale: torch.Tensor, out_dtype: torch.dtype
+) -> ScaledRows:
+    """``fp8_rows_linear`` whose reader applies the scales of the rows; ``w_scale`` must hold one value alone."""
+    rows = x if isinstance(x, Fp8Rows) else quantize_fp8_rowwise(x)
+    return ScaledRows(fp8_linear(rows.codes, weight, None, w_scale, out_dtype, w_scale[:1]), rows.scale)
 
 
 def nvfp4_linear_reference(

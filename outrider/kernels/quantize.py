@@ -1,7 +1,8 @@
 """Activations to FP8 (e4m3): with a calibrated scale, or with a scale per row found on the spot.
 
 Called by the quantised linears, by the MoE kernels' launchers and, for what they write themselves, by norms and
-activations. Never touches weights.
+activations. Never touches weights. The scale of a row is a power of two: it costs no digit of a floating-point code,
+and whoever reads a product may apply it as exactly as the product itself would (``ScaledRows``).
 """
 
 # Triton 3.6 compiles tuples of tiles that grow by +, not by *; mypy cannot type either.
@@ -22,7 +23,7 @@ from outrider.kernels._dispatch import ceil_div, on_gpu, power_of_two_at_least
 FP8_MAX = 448.0
 """Largest finite e4m3 value. A cast beyond it gives NaN, so values are clamped first."""
 
-MIN_ROW_SCALE = 1e-12
+MIN_ROW_SCALE = 2.0**-40
 """Floor of a per-row scale, so that an all-zero row divides by something."""
 
 
@@ -42,9 +43,42 @@ class Fp8Rows(NamedTuple):
     codes: torch.Tensor
     scale: torch.Tensor
 
+    @property
+    def shape(self) -> torch.Size:
+        """``(T, K)``."""
+        return self.codes.shape
+
 
 Operand = torch.Tensor | Fp8Rows
 """What a product reads: ``x[T, K]`` in the model dtype, or in the ``Fp8Form`` that it asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledRows:
+    """``y · scale [T, N]``, to be multiplied and rounded to ``y``'s dtype by the kernel that reads it.
+
+    ``y [T, N]``: a product in the model dtype; ``scale`` f32 [T]: powers of two, those of the rows that it was made of.
+    """
+
+    y: torch.Tensor
+    scale: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """``(T, N)``."""
+        return self.y.shape
+
+    def __getitem__(self, rows: torch.Tensor) -> ScaledRows:
+        """The ``rows`` int64 ``[R]`` alone."""
+        return ScaledRows(self.y[rows], self.scale[rows])
+
+    def tensor(self) -> torch.Tensor:
+        """The same ``[T, N]`` as a tensor."""
+        return (self.y.float() * self.scale[:, None]).to(self.y.dtype)
+
+
+Product = torch.Tensor | ScaledRows
+"""What a product gives: ``y[T, N]`` in the model dtype, or, to readers that apply scales, without those of its rows."""
 
 
 def quantize_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -56,7 +90,7 @@ def quantize_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_fp8_rowwise(x: torch.Tensor) -> Fp8Rows:
-    """``x[T, K]`` to e4m3 with one scale a row, ``amax(row) / 448``."""
+    """``x[T, K]`` to e4m3 with one scale a row: ``amax(row) / 448``, rounded up to a power of two."""
     return quantize_fp8_rowwise_triton(x) if on_gpu(x) else quantize_fp8_rowwise_reference(x)
 
 
@@ -67,7 +101,9 @@ def quantize_fp8_reference(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor
 
 def quantize_fp8_rowwise_reference(x: torch.Tensor) -> Fp8Rows:
     """Plain-torch ``quantize_fp8_rowwise``."""
-    scale = (x.float().abs().amax(-1) / FP8_MAX).clamp_(min=MIN_ROW_SCALE)
+    largest = x.float().abs().amax(-1).clamp_(FP8_MAX * MIN_ROW_SCALE, torch.finfo(torch.float32).max)
+    mantissa, exponent = torch.frexp(largest)  # from 0.5 to below 1; that of 448 is 0.875, its exponent 9
+    scale = torch.ldexp(torch.ones_like(largest), exponent - 9 + (mantissa > 0.875))
     return Fp8Rows(quantize_fp8_reference(x, scale[:, None]), scale)
 
 
@@ -96,7 +132,16 @@ def to_fp8(x, scale):
 @triton.jit
 def row_scale(x):
     """The scale of a row, from a float32 block of its values or of the largest of each place in its parts."""
-    return tl.maximum(tl.max(tl.abs(x), 0) / 448.0, 1e-12)  # MIN_ROW_SCALE
+    largest = tl.maximum(tl.max(tl.abs(x), 0), 448.0 * 2.0**-40)  # MIN_ROW_SCALE
+    # A mantissa beyond that of 448 = 1.75 * 2**8 carries into the exponent; the rest of the mantissa goes.
+    power = (largest.to(tl.int32, bitcast=True) + 0x1FFFFF) & 0x7F800000
+    return (power - (8 << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def apply_scale(y, scale):
+    """A block of ``ScaledRows`` as it is meant: ``y · scale`` in ``y``'s dtype."""
+    return (y.to(tl.float32) * scale).to(y.dtype)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from outrider.kernels._dispatch import ceil_div, on_gpu
 from outrider.kernels.overlap import overlap_options, wait_for_inputs
-from outrider.kernels.quantize import FP8_MAX, to_fp8
+from outrider.kernels.quantize import FP8_MAX, Product, ScaledRows, apply_scale, to_fp8
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -38,7 +38,7 @@ class RopeSpec:
 
 
 def qkv_rope_store(
-    qkv: torch.Tensor,
+    qkv: Product,
     positions: torch.Tensor,
     spec: RopeSpec,
     k_cache: torch.Tensor,
@@ -53,13 +53,13 @@ def qkv_rope_store(
     ``slots`` int64 ``[T]`` = ``block_id * block_size + offset``. An FP8 cache holds ``x / scale`` clamped to +-448;
     for other dtypes the scales are ignored. Tokens may share a slot only in block 0, which is never read.
     """
-    if on_gpu(qkv):
+    if on_gpu(positions):
         return qkv_rope_store_triton(qkv, positions, spec, k_cache, v_cache, slots, k_scale, v_scale)
     return qkv_rope_store_reference(qkv, positions, spec, k_cache, v_cache, slots, k_scale, v_scale)
 
 
 def qkv_rope_store_reference(
-    qkv: torch.Tensor,
+    qkv: Product,
     positions: torch.Tensor,
     spec: RopeSpec,
     k_cache: torch.Tensor,
@@ -69,6 +69,7 @@ def qkv_rope_store_reference(
     v_scale: float,
 ) -> torch.Tensor:
     """The contract of ``qkv_rope_store`` in plain torch: the CPU path and the test oracle."""
+    qkv = qkv.tensor() if isinstance(qkv, ScaledRows) else qkv
     heads, kv_heads = spec.num_heads, spec.num_kv_heads
     x = qkv.view(qkv.shape[0], heads + 2 * kv_heads, spec.head_dim)
     qk, v = x.split((heads + kv_heads, kv_heads), dim=1)
@@ -154,6 +155,7 @@ def turn_pairs(
 @triton.jit
 def _qkv_rope_store_kernel(
     qkv_ptr,
+    qkv_scale_ptr,
     positions_ptr,
     inv_freq_ptr,
     q_ptr,
@@ -172,6 +174,7 @@ def _qkv_rope_store_kernel(
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    IS_SCALED: tl.constexpr,
     ROTATE: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     NORM: tl.constexpr,
@@ -191,6 +194,10 @@ def _qkv_rope_store_kernel(
     is_v = (heads >= HEADS + KV_HEADS) & (heads < HEADS + 2 * KV_HEADS)
     rows = qkv_ptr + token * qkv_stride + heads[:, None] * D
     first, second = load_pairs(rows, (is_q | is_k | is_v)[:, None], D, INTERLEAVED)
+    if IS_SCALED:
+        scale = tl.load(qkv_scale_ptr + token)
+        first = apply_scale(first, scale)
+        second = apply_scale(second, scale)
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
     position = tl.load(positions_ptr + token).to(tl.float32)
     cos = 1.0
@@ -235,7 +242,7 @@ HEADS_PER_PROGRAM = 8
 
 
 def qkv_rope_store_triton(
-    qkv: torch.Tensor,
+    qkv: Product,
     positions: torch.Tensor,
     spec: RopeSpec,
     k_cache: torch.Tensor,
@@ -246,6 +253,7 @@ def qkv_rope_store_triton(
 ) -> torch.Tensor:
     """One launch over tokens and groups of heads; see ``qkv_rope_store``."""
     heads, kv_heads, head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+    qkv, qkv_scale = (qkv.y, qkv.scale) if isinstance(qkv, ScaledRows) else (qkv, None)
     num_tokens = qkv.shape[0]
     q = torch.empty((num_tokens, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if num_tokens == 0:
@@ -253,6 +261,7 @@ def qkv_rope_store_triton(
     floor_scale, attn_scale = spec.temperature or (1.0, 0.0)
     _qkv_rope_store_kernel[(num_tokens, ceil_div(heads + 2 * kv_heads, HEADS_PER_PROGRAM))](
         qkv,
+        qkv_scale,
         positions,
         spec.inv_freq,
         q,
@@ -271,6 +280,7 @@ def qkv_rope_store_triton(
         KV_HEADS=kv_heads,
         D=head_dim,
         BLOCK_SIZE=k_cache.shape[2],
+        IS_SCALED=qkv_scale is not None,
         ROTATE=spec.inv_freq is not None,
         INTERLEAVED=spec.interleaved,
         NORM=spec.qk_norm_eps is not None,
@@ -285,6 +295,7 @@ def qkv_rope_store_triton(
 
 _POINTERS = {
     "qkv_ptr": "*bf16",
+    "qkv_scale_ptr": "*fp32",
     "positions_ptr": "*i64",
     "inv_freq_ptr": "*fp32",
     "q_ptr": "*bf16",
@@ -309,11 +320,18 @@ _SHAPE = {
     "BLOCK_SIZE": 64,
     "FP8": True,
     "BLOCK": HEADS_PER_PROGRAM,
+    "IS_SCALED": False,
     "OVERLAP": True,
 }
+_SCALED = {"IS_SCALED": True, "OVERLAP": False}
 _ROTATED = {"ROTATE": True, "NORM": True, "TEMPERATURE": False}
 AOT_SPECS = [
     (_qkv_rope_store_kernel, {**_POINTERS, **_NUMBERS}, {**_SHAPE, **_ROTATED, "INTERLEAVED": True}),
+    (
+        _qkv_rope_store_kernel,
+        {**_POINTERS, **_NUMBERS},
+        {**_SHAPE, **_ROTATED, **_SCALED, "INTERLEAVED": True},
+    ),
     (_qkv_rope_store_kernel, {**_POINTERS, **_NUMBERS}, {**_SHAPE, **_ROTATED, "INTERLEAVED": False}),
     (
         _qkv_rope_store_kernel,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from outrider.kernels.norm import Addend, summed
+from outrider.kernels.quantize import Product
 from outrider.models.config import ModelConfig
 from outrider.models.layers import (
     Attention,
@@ -75,10 +76,11 @@ class DecoderLayer:
             out = self.parallel.all_reduce(summed(out))
         return out, residual
 
-    def _fed_forward(self, x: torch.Tensor, residual: torch.Tensor) -> Addend:
+    def _fed_forward(self, x: Product, residual: torch.Tensor) -> Addend:
         """The second half of the layer; of many rows some at a time, which then replace ``x``."""
-        if len(x) <= MOST_ROWS:
+        if x.shape[0] <= MOST_ROWS:
             return self.feed_forward.behind(self.post_norm, x, residual)
+        x = summed(x)
         for rows, old in zip(x.split(MOST_ROWS), residual.split(MOST_ROWS), strict=True):
             rows.copy_(summed(self.feed_forward.behind(self.post_norm, rows, old)))
         return x

@@ -19,7 +19,7 @@ from outrider.kernels.attention import paged_attention
 from outrider.kernels.embedding import embedding
 from outrider.kernels.gemm import MOST_FEW_ROWS
 from outrider.kernels.norm import Addend, Normed, rms_norm, rms_norm_operand
-from outrider.kernels.quantize import Fp8Form, Fp8Rows, Operand
+from outrider.kernels.quantize import Fp8Form, Fp8Rows, Operand, Product
 from outrider.kernels.rope import RopeSpec, qkv_rope_store
 from outrider.kernels.rope_attention import rope_attention, rope_attention_takes
 from outrider.models.config import ModelConfig, RopeScaling
@@ -82,7 +82,7 @@ class FeedForward(ABC):
         """Layers of equal kind launch the same kernels."""
 
     @abstractmethod
-    def behind(self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> Addend:
+    def behind(self, norm: RMSNorm, x: Product, residual: torch.Tensor) -> Addend:
         """``[T, M]``: this rank's share of the output for ``norm(x + residual)``; the sum replaces ``residual``."""
 
 
@@ -90,6 +90,7 @@ class GatedMLP(FeedForward):
     """``down(silu(gate(x)) * up(x))``. The sum over the tensor group is left to the caller."""
 
     def __init__(self, builder: WeightBuilder, name: str, hidden_size: int, inter_size: int) -> None:
+        self.parallel = builder.parallel
         start, length = builder.parallel.shard(inter_size, "intermediate_size")
         parts = tuple(Part(f"{name}.{p}_proj", inter_size, start, length) for p in ("gate", "up"))
         self.gate_up = build_linear(builder, parts, Columns(hidden_size, 0, hidden_size))
@@ -101,12 +102,14 @@ class GatedMLP(FeedForward):
         """See ``FeedForward``."""
         return GatedMLP, type(self.gate_up), type(self.down)
 
-    def __call__(self, x: Operand) -> torch.Tensor:
+    def __call__(self, x: Operand) -> Product:
         """``[T, M]``: this rank's share of the output."""
         gate_up = self.gate_up(x)
-        return self.down(silu_mul(gate_up, self.down.input_form(gate_up.shape[0])))
+        inter = silu_mul(gate_up, self.down.input_form(gate_up.shape[0]))
+        # Ranks, whose rows have scales of their own, add up what they mean; else the next norm reads it.
+        return self.down(inter) if self.parallel.tp_size > 1 else self.down.unscaled(inter)
 
-    def behind(self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def behind(self, norm: RMSNorm, x: Product, residual: torch.Tensor) -> Product:
         """See ``FeedForward``."""
         return self(norm.before(self.gate_up, x, residual))
 
@@ -160,18 +163,20 @@ class Attention:
         """Layers of equal kind launch the same kernels."""
         return type(self.qkv), type(self.o), self.rope.inv_freq is not None
 
-    def __call__(self, x: Operand, batch: Batch, kv: KVCache) -> torch.Tensor:
+    def __call__(self, x: Operand, batch: Batch, kv: KVCache) -> Product:
         """``[T, M]`` summed over the tensor group, of ``x`` as ``qkv`` wants it; stores this step's k and v."""
         shape = batch.attention
         group = kv.group_of(self.layer_id)
         k_cache, v_cache = kv.layer(self.layer_id)
-        qkv = self.qkv(x)
+        qkv = self.qkv.unscaled(x)
         form = self.o.input_form(qkv.shape[0])
         # A scale a row is the largest value of all heads, which no program of attention sees.
         out_scale = None if form is None else form.scale
         slots, tables, lens = shape.slots[group], shape.block_tables[group], shape.seq_lens
         scales = self.k_scale, self.v_scale
-        if rope_attention_takes(qkv, shape.num_decodes, shape.max_seq_len, self.chunk_size):
+        if isinstance(qkv, torch.Tensor) and rope_attention_takes(
+            qkv, shape.num_decodes, shape.max_seq_len, self.chunk_size
+        ):
             out = rope_attention(
                 qkv, self.rope, k_cache, v_cache, slots, tables, lens, shape.max_seq_len,
                 self.sm_scale, self.chunk_size, *scales, out_scale,
@@ -183,7 +188,10 @@ class Attention:
                 shape.max_query_len, shape.max_seq_len, self.sm_scale, self.chunk_size, *scales,
                 out_scale=out_scale,
             )  # fmt: skip
-        return self.parallel.all_reduce(self.o(out if out_scale is None else Fp8Rows(out, out_scale)))
+        heads = out if out_scale is None else Fp8Rows(out, out_scale)
+        if self.parallel.tp_size > 1:
+            return self.parallel.all_reduce(self.o(heads))
+        return self.o.unscaled(heads)
 
 
 def _projections(builder: WeightBuilder, config: ModelConfig, name: str) -> tuple[Linear, Linear, int, int]:

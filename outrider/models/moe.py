@@ -11,6 +11,7 @@ import torch
 
 from outrider.kernels.beside import run_beside
 from outrider.kernels.norm import Addend, LazySum, Normed
+from outrider.kernels.quantize import Product
 from outrider.kernels.router import route_rows
 from outrider.models.config import ModelConfig
 from outrider.models.layers import FeedForward, GatedMLP, RMSNorm
@@ -47,10 +48,11 @@ class MoE(FeedForward):
         """``[T, M]``: this rank's share of the output; ``x.fp8`` is the shared expert's."""
         shared = run_beside(lambda: self.shared(x.operand), x.y)
         expert_ids, scores = route_rows(x.y, self.router, self.top_k)
-        return LazySum(self.experts(x.y, expert_ids, scores), shared())
+        routed = self.experts(x.y, expert_ids, scores)
+        return LazySum(shared(), routed)
 
-    def behind(self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> Addend:
+    def behind(self, norm: RMSNorm, x: Product, residual: torch.Tensor) -> Addend:
         """See ``FeedForward``; for a few rows the norm is part of the layer's kernels."""
-        if self.few_rows is not None and self.few_rows.takes(x):
+        if self.few_rows is not None and isinstance(x, torch.Tensor) and self.few_rows.takes(x):
             return self.few_rows(x, residual, norm.weight, norm.eps)
         return self(norm(x, residual, self.shared.gate_up.input_form(x.shape[0])))

@@ -12,17 +12,18 @@ from typing import Protocol
 
 import torch
 
-from outrider.kernels.gemm import fp8_linear
+from outrider.kernels.gemm import fp8_linear, one_scale_is_faster
 from outrider.kernels.nvfp4 import (
     BLOCK_SIZE,
     Nvfp4Path,
     fp8_rows_form,
     fp8_rows_linear,
+    fp8_rows_unscaled,
     nvfp4_linear,
     nvfp4_path,
     nvfp4_to_fp8_rows,
 )
-from outrider.kernels.quantize import Fp8Form, Fp8Rows, Operand, quantize_fp8
+from outrider.kernels.quantize import Fp8Form, Fp8Rows, Operand, Product, quantize_fp8
 from outrider.kernels.w4a4 import DEPTH_MULTIPLE, Fp4Weight, w4a4_linear
 from outrider.quant.base import Format, WeightBuilder, check_depth
 from outrider.quant.matrix import Matrix
@@ -56,6 +57,9 @@ class Linear(Protocol):
     def __call__(self, x: Operand) -> torch.Tensor:
         """The product in the model dtype, of ``x`` in the model dtype or in ``input_form``."""
 
+    def unscaled(self, x: Operand) -> Product:
+        """The same for a reader that takes ``ScaledRows`` too, which is what it gets where that is faster."""
+
 
 def build_linear(
     builder: WeightBuilder, parts: tuple[Part, ...], cols: Columns, bias: bool = False
@@ -83,6 +87,10 @@ class PlainLinear:
         assert isinstance(x, torch.Tensor)
         y = self.matrix(x)
         return y if self.bias is None else y + self.bias
+
+    def unscaled(self, x: Operand) -> Product:
+        """See ``Linear``."""
+        return self(x)
 
 
 class Fp8Linear:
@@ -121,6 +129,10 @@ class Fp8Linear:
         y = fp8_linear(codes, self.weight, None, self.product_scale, self.out_dtype, self.one_scale)
         return y if self.bias is None else y + self.bias
 
+    def unscaled(self, x: Operand) -> Product:
+        """See ``Linear``."""
+        return self(x)
+
 
 class Nvfp4Linear:
     """e2m1 weights packed two a byte along K, e4m3 scales per 16 of K, an f32 scale.
@@ -142,6 +154,7 @@ class Nvfp4Linear:
         # (packed, block scale, scale) of each GEMM: one, unless an exporter gave the parts different scales.
         self.gemms = [(self.packed, self.block_scale, part_scales[0])]
         self.fp8_rows: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.can_leave_scales = False
         self.fp4: list[Fp4Weight] = []
 
         def finish() -> None:
@@ -159,6 +172,8 @@ class Nvfp4Linear:
 
     def _become_fp8_rows(self) -> None:
         """Replace the packed weights by ``(e4m3 [N, K], scale f32 [N])``."""
+        # Unscaled values may be beyond float16, and a bias is added to scaled ones.
+        self.can_leave_scales = len(self.gemms) == 1 and self.bias is None and self.out_dtype != torch.float16
         scales = [scale.reshape(1).expand(packed.shape[0]) for packed, _, scale in self.gemms]
         self.fp8_rows = nvfp4_to_fp8_rows(self.packed, self.block_scale, torch.cat(scales))
         self.gemms.clear()
@@ -180,6 +195,13 @@ class Nvfp4Linear:
             outs = [nvfp4_linear(x, *weight) for weight in self.gemms]
         y = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
         return y if self.bias is None else y + self.bias
+
+    def unscaled(self, x: Operand) -> Product:
+        """See ``Linear``."""
+        rows = self.fp8_rows
+        if rows is None or not self.can_leave_scales or not one_scale_is_faster(x.shape[0], rows[0]):
+            return self(x)
+        return fp8_rows_unscaled(x, *rows, self.out_dtype)
 
 
 _LAYERS: dict[Format, type[PlainLinear] | type[Fp8Linear] | type[Nvfp4Linear]] = {

@@ -99,6 +99,19 @@ def test_cublas_product_with_one_scale(outputs):
         assert error(out, exact) < 5e-3
 
 
+def test_who_is_asked_with_one_scale(monkeypatch):
+    """Guards: rows of the skinny tiles, rows beyond what was measured, a CPU; sums that follow the number of rows."""
+    weights = [torch.empty(n, 256, dtype=torch.float8_e4m3fn, device="meta") for n in (8192, 8208)]
+    assert not any(gemm.one_scale_is_faster(512, weight) for weight in weights)
+    monkeypatch.setattr(gemm, "on_gpu", lambda _: True)
+    most = gemm.SKINNY_TILES[torch.float8_e4m3fn][-1][0]
+    for weight, (_, last) in zip(weights, gemm.ONE_SCALE_ROWS, strict=True):
+        asked = [gemm.one_scale_is_faster(rows, weight) for rows in (1, most, most + 1, last, last + 1)]
+        assert asked == [False, False, True, True, False]
+    monkeypatch.setattr(gemm, "is_invariant", lambda: True)
+    assert not any(gemm.one_scale_is_faster(512, weight) for weight in weights)
+
+
 @pytest.mark.parametrize(
     ("tiles", "steps", "wanted"), [(1, 1, 264), (80, 20, 264), (3158, 40, 264), (2, 7, 264)]
 )

@@ -12,7 +12,12 @@ from outrider.kernels.norm import (
     rms_norm_reference,
     rms_norm_triton,
 )
-from outrider.kernels.quantize import Fp8Form, quantize_fp8_rowwise_reference, quantize_fp8_rowwise_triton
+from outrider.kernels.quantize import (
+    Fp8Form,
+    ScaledRows,
+    quantize_fp8_rowwise_reference,
+    quantize_fp8_rowwise_triton,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATHS = [rms_norm_reference, rms_norm_triton]
@@ -113,6 +118,24 @@ def test_a_sum_is_rounded_before_it_meets_the_residual(op, form):
     assert torch.equal(again, residual) and torch.equal(out.y, expected.y)
     if form is not None:
         assert torch.equal(out.fp8.codes.float(), expected.fp8.codes.float())
+
+
+@pytest.mark.parametrize("op", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_sum", [False, True])
+def test_rows_without_their_scales_are_those_with_them(op, dtype, is_sum):
+    """Guards: another row's scale, one for both terms of a sum, or one that meets the sum after its rounding."""
+    y, second, residual = torch.randn(3, 5, 1100, dtype=dtype, device=DEVICE).unbind()
+    scale = torch.exp2(torch.randint(-9, 5, (5,), device=DEVICE).float())
+    applied = (y.double() * scale.double()[:, None]).to(dtype)
+    weight = torch.randn(1100, dtype=dtype, device=DEVICE)
+    again, rows = residual.clone(), ScaledRows(y, scale)
+    assert torch.equal(rows.tensor(), applied)
+    expected = op(LazySum(applied, second) if is_sum else applied, weight, 1e-5, residual, Fp8Form())
+    out = op(LazySum(rows, second) if is_sum else rows, weight, 1e-5, again, Fp8Form())
+    assert torch.equal(again, residual) and torch.equal(out.y, expected.y)
+    assert torch.equal(out.fp8.codes.float(), expected.fp8.codes.float())
+    assert torch.equal(out.fp8.scale, expected.fp8.scale)
 
 
 @pytest.mark.parametrize("op", PATHS)

@@ -16,6 +16,7 @@ from outrider.kernels.moe_nvfp4 import STREAM_TILES, moe_nvfp4_repacked
 from outrider.kernels.nvfp4_decode import block_ptx
 from outrider.kernels.nvfp4_repack import can_repack, quantize_stream, repack_nvfp4_, unpack_reference
 from outrider.kernels.nvfp4_stream import StreamTile
+from outrider.kernels.quantize import quantize_fp8_rowwise
 
 ONE = torch.tensor(1.0, device=DEVICE)
 
@@ -136,6 +137,21 @@ def test_dense_rows_are_nearer_than_four_bit_activations():
     out = nvfp4.fp8_rows_linear(x, *nvfp4.nvfp4_to_fp8_rows(packed, scale, global_scale), WIDE)
     exact = x.double() @ (decode_slowly(packed, scale, ONE) * global_scale.double()[:, None]).T
     assert error(out, exact) < 0.05
+
+
+@pytest.mark.parametrize("rows", [6, 130])
+def test_rows_leave_their_scales_to_the_reader(rows):
+    """Guards: the scale of the weights left out too, of rows taken twice or of others; the same bits on a CPU."""
+    packed, scale, _ = random_weights(48, 1024)
+    weight = nvfp4.nvfp4_to_fp8_rows(packed, scale, 0.003 * ONE)
+    sizes = torch.exp2(4.0 * (torch.arange(rows, device=DEVICE) % 3)).to(WIDE)
+    x = torch.randn(rows, 1024, device=DEVICE, dtype=WIDE) * sizes[:, None]
+    expected = nvfp4.fp8_rows_linear(x, *weight, WIDE)
+    for operand in (x, quantize_fp8_rowwise(x)):
+        out = nvfp4.fp8_rows_unscaled(operand, *weight, WIDE)
+        assert out.shape == expected.shape and len(out.scale.unique()) > 1
+        assert error(out.tensor(), expected.double()) < (3e-3 if GPU else 1e-30)
+    assert torch.equal(out[torch.tensor([4, 1], device=DEVICE)].tensor(), out.tensor()[[4, 1]])
 
 
 def test_which_matrices_divide_into_tiles():

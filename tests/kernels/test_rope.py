@@ -8,6 +8,7 @@ import exact_casts  # noqa: F401
 import pytest
 import torch
 
+from outrider.kernels.quantize import ScaledRows
 from outrider.kernels.rope import RopeSpec, qkv_rope_store_reference, qkv_rope_store_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -118,3 +119,21 @@ def test_fp8_overflow_is_clamped(op):
     slot = torch.tensor([17], device=DEVICE)
     op(qkv, torch.zeros(1, dtype=torch.int64, device=DEVICE), spec, cache[:, 0], cache[:, 1], slot, 0.1, 0.1)
     assert torch.all(cache[1, :, 0, 1].float() == 448)
+
+
+@pytest.mark.parametrize("op", PATHS)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, FP8])
+def test_rows_without_their_scales_are_those_with_them(op, interleaved, cache_dtype):
+    """Guards: another token's scale, or v, k or q left without it; a scale that comes behind the head norm."""
+    spec = make(9, 3, 64, interleaved=interleaved, qk_norm_eps=1e-5)
+    qkv = torch.randn(5, 15 * 64, dtype=torch.bfloat16, device=DEVICE)
+    scale = torch.exp2(torch.randint(-9, 5, (5,), device=DEVICE).float())
+    positions = torch.randint(1000, (5,), device=DEVICE)
+    slots = torch.randperm(32, device=DEVICE)[:5] + 16
+    results = []
+    for rows in ((qkv.double() * scale.double()[:, None]).bfloat16(), ScaledRows(qkv, scale)):
+        cache = torch.zeros(3, 2, 3, 16, 64, device=DEVICE).to(cache_dtype)
+        q = op(rows, positions, spec, cache[:, 0], cache[:, 1], slots, 0.5, 0.25)
+        results.append((q, cache.float()))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
+from outrider.kernels.norm import LazySum, Normed
 from outrider.kernels.nvfp4 import Nvfp4Path
-from outrider.kernels.quantize import Fp8Rows
+from outrider.kernels.quantize import Fp8Rows, ScaledRows
+from outrider.parallel import Parallel
 from outrider.quant import linear
 from outrider.quant.experts import ExpertShape
 from outrider.quant.linear import Fp8Linear, Nvfp4Linear
@@ -41,6 +46,51 @@ def test_forms_change_no_bit(
     out = PagedDriver(model).prefill(references.prompts[4], 70)
     assert handed_over and not any(handed_over)
     assert bool(out.isfinite().all()) and torch.equal(out, expected)
+
+
+def test_rows_without_their_scales_change_no_bit(
+    references: References, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards the wiring: a reader that takes no scale, rows chosen without theirs, a sum or a bias of unscaled rows."""
+    monkeypatch.setattr(linear, "nvfp4_path", lambda _: Nvfp4Path.FP8)
+    model = references.model("nvfp4", torch.float32)
+
+    def states() -> torch.Tensor:
+        driver = PagedDriver(model)
+        ids = references.prompts[4]
+        driver.prefill(ids[:-9], 70)
+        batch = driver.batch([(0, ids[-9:])])
+        return model.forward(replace(batch, output_rows=torch.tensor([8, 3])), driver.kv)
+
+    expected, given = states(), []
+    product = linear.fp8_rows_unscaled
+
+    def watched(*args: Any) -> ScaledRows:
+        given.append(product(*args))
+        return given[-1]
+
+    monkeypatch.setattr(linear, "fp8_rows_unscaled", watched)
+    monkeypatch.setattr(linear, "one_scale_is_faster", lambda *_: True)
+    assert torch.equal(states(), expected)
+    widths = {rows.shape[1] for rows in given}
+    attention = model.layers[0].attention
+    assert isinstance(attention.qkv, Nvfp4Linear) and attention.qkv.fp8_rows is not None
+    assert widths == {model.config.hidden_size, len(attention.qkv.fp8_rows[0])}
+    assert min(float(rows.scale.max()) for rows in given) < 1 and all(len(rows.scale) for rows in given)
+    given.clear()
+    attention.qkv.can_leave_scales = False
+    assert torch.equal(states(), expected)
+
+
+def test_ranks_add_up_scaled_rows(references: References, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: rows of ranks added up before their scales, which differ."""
+    monkeypatch.setattr(linear, "nvfp4_path", lambda _: Nvfp4Path.FP8)
+    monkeypatch.setattr(linear, "one_scale_is_faster", lambda *_: True)
+    for size in (1, 2):
+        model = references.model("nvfp4", torch.float32, parallel=Parallel(tp_rank=size - 1, tp_size=size))
+        x = torch.randn(9, model.config.hidden_size)
+        out = model.layers[0].feed_forward(Normed(x, None))
+        assert isinstance(out, LazySum) and isinstance(out.a, ScaledRows if size == 1 else torch.Tensor)
 
 
 def test_one_scale_is_that_of_all_parts(references: References) -> None:
