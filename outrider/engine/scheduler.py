@@ -152,7 +152,7 @@ class Scheduler:
                 break
             if seq.row < 0 or not self._can_plan(seq):  # without a row: preempted on the way
                 continue
-            count = self._slice_len(seq, budget)
+            count = self._slice_len(seq, budget, seq.status)
             if count and self._extend_or_preempt(seq, seq.num_computed + count, draft):
                 draft.add(seq, count)
                 budget -= count
@@ -194,7 +194,7 @@ class Scheduler:
         if seq.in_flight:
             return budget
         seq.num_computed = self.kv.match_prefix(seq)
-        count = min(self._slice_len(seq, budget), seq.remaining - (status is SequenceStatus.HELD))
+        count = self._slice_len(seq, budget, status)
         seq.row = self._free_rows[-1]
         updates = self.kv.try_extend(seq, seq.num_computed + count) if count else None
         if updates is None:
@@ -224,9 +224,10 @@ class Scheduler:
         # A new chunk waits for the old one's commit, so that a sequence never holds two chunks.
         return not (seq.in_flight and self.kv.begins_chunk(seq.num_computed))
 
-    def _slice_len(self, seq: Sequence, budget: int) -> int:
+    def _slice_len(self, seq: Sequence, budget: int, status: SequenceStatus) -> int:
+        """Tokens of the next slice of a sequence with this status; a held one keeps the last for its turn."""
         end = self.kv.chunk_end(seq.num_computed)
-        count = min(seq.remaining - (seq.status is SequenceStatus.HELD), budget)
+        count = min(seq.remaining - (status is SequenceStatus.HELD), budget)
         return count if end is None else min(count, end - seq.num_computed)
 
     def _extend_or_preempt(self, seq: Sequence, num_tokens: int, draft: PlanDraft) -> bool:

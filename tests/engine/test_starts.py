@@ -10,6 +10,7 @@ import pytest
 
 from outrider.engine.admission import Holdings, steps_until_room
 from outrider.engine.kv_manager import KVManager
+from outrider.engine.plan import Plan
 from outrider.engine.scheduler import Limits, Scheduler
 from outrider.engine.starts import LAST_WAVE_SHARES, LAST_WAVE_TOKENS, Pacer, Starts, wave_share
 from outrider.kv_layout import plan_layout
@@ -18,12 +19,13 @@ from outrider.types import Request, SamplingParams, StepResult
 FULL = plan_layout((False,) * 4, None, 4096, 16)
 
 
-def step(scheduler: Scheduler) -> None:
-    """Plan and commit one step; no token is the last of its sequence unless by length."""
+def step(scheduler: Scheduler) -> Plan:
+    """Plan and commit one step, and return it; no token is the last of its sequence unless by length."""
     plan = scheduler.schedule()
     assert plan is not None, "there is work, and no step"
     count = sum(piece.samples for piece in plan.step.slices)
     scheduler.commit(plan, StepResult(plan.step.step_id, [5] * count, [None] * count, {}))
+    return plan
 
 
 def request(name: str) -> Request:
@@ -240,10 +242,7 @@ def test_prompts_are_ready_when_their_wave_starts() -> None:
     num_steps = 0
     while scheduler._queues.held:
         before = len(scheduler._queues.held)
-        plan = scheduler.schedule()
-        assert plan is not None
-        count = sum(piece.samples for piece in plan.step.slices)
-        scheduler.commit(plan, StepResult(plan.step.step_id, [5] * count, [None] * count, {}))
+        plan = step(scheduler)
         num_steps += 1
         assert num_steps < 400
     assert before > 40 and all(piece.num_tokens == 1 for piece in plan.step.slices), "they start in one step"
@@ -301,12 +300,9 @@ def test_prompts_that_are_cached_or_short_are_held_too(prompt_len: int) -> None:
         scheduler.add(Request(request_id=f"r{i}", prompt_token_ids=[1] * prompt_len, sampling=params))
     started: set[int] = set()
     while scheduler.has_work:
-        plan = scheduler.schedule()
-        assert plan is not None
+        plan = step(scheduler)
         started |= {init.row for init in plan.step.new_rows}
         assert {piece.row for piece in plan.step.slices} <= started
-        count = sum(piece.samples for piece in plan.step.slices)
-        scheduler.commit(plan, StepResult(plan.step.step_id, [5] * count, [None] * count, {}))
     scheduler.check_integrity()
     assert scheduler.stats.generation_tokens == 60 * 256
 
