@@ -58,6 +58,12 @@ benchmarks/results/kernels_few_h200.json
 MAX_SPLITS = 64
 SMALL_CONTEXT_TOKENS = 64
 """No split is made shorter than this."""
+MERGE_WARPS = 2
+"""Of the kernel that merges splits.
+
+These three are not tuned. H200, 2026-11-27, one sequence of 1,024 / 32,768 / 131,072 tokens: 7.2 / 28.7 / 80.5 us, at
+7 / 55 / 78 % of a copy's speed: benchmarks/results/kernels_h200.json
+"""
 
 
 @triton.jit
@@ -301,7 +307,7 @@ def decode_attention(
         _merge_kernel[(num_heads, num_seqs)](
             partial, lse, seq_lens, out, num_splits, scales[1], out_scale,
             D=head_dim, TILE=tile.tokens, CHUNK=chunk, SPLITS=power_of_two_at_least(num_splits, 2),
-            MODEL_DTYPE=TRITON_DTYPES[q.dtype], QUANTIZE=out_scale is not None, num_warps=2,
+            MODEL_DTYPE=TRITON_DTYPES[q.dtype], QUANTIZE=out_scale is not None, num_warps=MERGE_WARPS,
         **overlap_options(q.device, num_seqs),
     )  # fmt: skip
 

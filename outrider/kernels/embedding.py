@@ -42,7 +42,11 @@ def _embedding_kernel(ids_ptr, table_ptr, out_ptr, row_size, BLOCK: tl.constexpr
 
 
 def embedding_triton(token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Launch one program a token."""
+    """Launch one program a token.
+
+    Its block and warps are not tuned. H200, 2026-11-26, a table in host memory: 0.1 ms for 512 tokens, 51 GB/s over the
+    bus (docs/log.md).
+    """
     num_tokens, row_size = len(token_ids), table.shape[1]
     out = torch.empty((num_tokens, row_size), dtype=table.dtype, device=token_ids.device)
     if num_tokens:

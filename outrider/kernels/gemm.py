@@ -52,8 +52,11 @@ SKINNY_TILES = {
 }
 """(most rows, tile) per weight dtype; above the last entry cuBLASLt runs.
 
-H200, 2026-11-26, a whole layer of 4 and 16 tokens: e4m3 184 and 384 us, other tiles 185 to 196 and 384 to 390 us:
-benchmarks/results/kernels_few_h200.json. The entries of 64 rows and of bf16 are estimates.
+H200, e4m3: a whole layer of 4 and 16 tokens 185 and 384 us, other tiles 184 to 196 and 384 to 390 (2026-11-26,
+kernels_few_h200.json); the four products of a layer at 64 rows 80.6 us, other tiles 83.8 to 113.8, cuBLASLt 94.2
+(2026-11-23, kernels_gemm_h200.json), at 72 rows this tile 125.5, cuBLASLt 92.0 (2026-11-26, trials_h200.txt).
+H200, bf16, 2026-11-27, a head of 202,048 outputs: one row 461 us, other tiles 456 and 457, cuBLAS 481; the tile of 64
+rows is not timed, with 5 stages 505 us, other tiles 487 and 520, cuBLAS 534 (kernels_h200.json).
 """
 
 MOST_FEW_ROWS = SKINNY_TILES[torch.bfloat16][-1][0]
@@ -62,14 +65,18 @@ MOST_FEW_ROWS = SKINNY_TILES[torch.bfloat16][-1][0]
 GEMV_TILE: GemvTile | None = GemvTile(2, 1024, 2)
 """For products of one row; None: the few-rows tiles take it.
 
-H200, 2026-11-26, a whole layer of one token: 109 us, with other sizes 109 to 117, with few-rows tiles 114 to 123.
+H200, 2026-11-26, a whole layer of one token: 109 us, with other sizes 109 to 117, with few-rows tiles 114 to 123:
+kernels_few_h200.json
 """
 
 INVARIANT_TILES = {
     torch.float8_e4m3fn: SkinnyTile(64, 256, 4, 4, 0, rows=64),
     torch.bfloat16: SkinnyTile(64, 128, 4, 4, 0, rows=64),
 }
-"""The one tile of ``--deterministic``: its sums do not follow the number of rows."""
+"""The one tile of ``--deterministic``: its sums do not follow the number of rows.
+
+Not tuned. H200, 2026-11-27: the whole mode takes 1.56 to 1.59 times an ordinary run's time: determinism_h200.json
+"""
 
 ONE_SCALE_ROWS: tuple[tuple[float, int], ...] = ((8192, 1536), (math.inf, 960))
 """(most outputs, most rows) for which cuBLASLt is asked with one scale, where there is only one: it has better kernels.
@@ -80,6 +87,7 @@ H200, 2026-11-27, a scale a row and a column / one scale, us: 5,120 x 8,192 at 7
 """
 
 MAX_SPLIT_K = 16
+"""Bounds the partial sums; not tuned. On the 132 multiprocessors of an H200 only up to 960 outputs would want more."""
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -42,8 +42,9 @@ FP8_TILES = (
 )
 """(most rows an expert on average, gate-up tile, down tile) for e4m3.
 
-H200, 2026-11-23, 16 experts of 5120 x 8192: gate-up 297 us at 64 tokens, 316 at 512, 356 at 1,024 (64 x 64 tiles: 377,
-for half of the experts then have a second row block), 1,165 at 8,192; benchmarks/results/kernels_moe_h200.json
+H200, 2026-11-23, 16 experts of 5120 x 8192: gate-up 301 us at 64 tokens (depth 256: 297), 316 at 512 (in 4
+stages), 356 at 1,024 (64 x 64 tiles: 377, for half of the experts then have a second row block), 1,174 at 8,192 (a
+program a tile: 1,165): benchmarks/results/kernels_moe_h200.json
 """
 
 HOPPER_FP8_TILES: tuple[tuple[int, Tile | StreamTile, Tile | StreamTile], ...] = (
@@ -67,10 +68,13 @@ BF16_TILES = (
     (80, Tile(64, 64, 64, True, 5, 4), Tile(64, 128, 64, True, 4, 4)),
     (1 << 30, Tile(128, 128, 64, False, 4, 8), Tile(128, 128, 64, False, 4, 8)),
 )
-"""The same for bf16 weights."""
+"""The same for bf16 weights. Not tuned and not timed: in bf16 Scout's experts, 193 GB, are more than an H200 holds."""
 
 INVARIANT_ROWS = 40
-"""Rows an expert whose tiles ``--deterministic`` takes for any number: they do not split the depth."""
+"""Rows an expert whose tiles ``--deterministic`` takes for any number: they do not split the depth.
+
+Not tuned; what the mode costs stands at ``gemm.INVARIANT_TILES``.
+"""
 
 
 def moe_bf16(

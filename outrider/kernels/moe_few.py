@@ -35,13 +35,14 @@ from outrider.kernels.quantize import quantize_fp8_reference
 DOWN_ONE_TILE: GemvTile | None = GemvTile(1, 2048, 4)
 """For the second products of one token; None: the table's.
 
-H200, 2026-11-26, a whole layer of one token: 89.9 us, with other sizes 90.9 to 96.2.
+H200, 2026-11-26, a whole layer of one token: 89.9 us, with other sizes 90.9 to 96.2: trials_h200.txt
 """
 
 UP_ONE_TILE: GemvTile | None = GemvTile(1, 1024, 2)
 """For the first products of one token, ``outputs`` pairs of a gate and an up row; None: the table's.
 
-H200, 2026-11-26, a whole layer of one token: 90.9 us, with other sizes 91.9 to 93.9, with the table's tile 99.8.
+H200, 2026-11-26, a whole layer of one token: 90.9 us, with other sizes 91.9 to 93.9, with the table's tile 99.8:
+trials_h200.txt
 """
 
 

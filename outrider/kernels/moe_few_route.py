@@ -21,7 +21,10 @@ from outrider.kernels.overlap import wait_for_inputs
 from outrider.kernels.quantize import to_fp8
 
 ROUTE_GROUP, ROUTE_STEP, ROUTE_WARPS = 16, 1024, 16
-"""Router rows and columns of a tile. Scout's 164 KB of router weights lie in the registers of one program."""
+"""Router rows and columns of a tile, warps. Scout's 164 KB of router weights lie in the registers of one program.
+
+Not tuned. H200, 2026-11-26, norm and route of one token: 5.2 us alone, 6.5 in the engine: trials_h200.txt
+"""
 
 
 def route_options(size: int) -> dict[str, int]:

@@ -35,6 +35,22 @@ from outrider.kernels.quantize import (
 )
 
 
+def _tile(num_cols: int, per_row: bool) -> tuple[int, int]:
+    """Columns of a tile and warps: the whole row, or with a scale a row parts of it, which waste no threads.
+
+    They decide in which order squares are added up: each form has one tile for steps of any size.
+
+    H200, 2026-11-26, with the rows in e4m3, 400 / 1,315 / 8,192 rows of 5,120: with a scale a row 6.9 / 19.5 / 97.5 us,
+    parts of 512 7.0 / 19.2 / 97.5, whole rows in 16 warps 9.7 / 23.1 / 117.6; with a given scale 9.1 / 22.5 / 110.4,
+    which is not tuned: benchmarks/results/trials_h200.txt
+    """
+    block = power_of_two_at_least(num_cols, 32)
+    if per_row:
+        block = min(block, 1024)
+        return block, max(1, block // 256)
+    return block, max(1, min(16, block // 512))
+
+
 class Normed(NamedTuple):
     """``y [T, M]`` in the model dtype; ``fp8``: the same in the form that the next product asked for, if in any."""
 
@@ -262,18 +278,6 @@ def _launch(
         **overlap_options(x.device, num_rows),
     )
     return fp8
-
-
-def _tile(num_cols: int, per_row: bool) -> tuple[int, int]:
-    """Columns of a tile and warps: the whole row, or with a scale a row parts of it, which waste no threads.
-
-    They decide in which order squares are added up: each form has one tile for steps of any size.
-    """
-    block = power_of_two_at_least(num_cols, 32)
-    if per_row:
-        block = min(block, 1024)
-        return block, max(1, block // 256)
-    return block, max(1, min(16, block // 512))
 
 
 _ROW = {

@@ -15,6 +15,9 @@ from outrider.kernels._dispatch import ceil_div
 FP8_SHIFT = 3
 """Powers of two by which e4m3 weights are too small: 6 x 448 / 2**3 still fits under 448."""
 
+DECODE_TILE = 256, 4
+"""Blocks of a program and its warps. Not tuned, not timed: it runs at load, and for shapes that nothing else takes."""
+
 
 @triton.jit
 def decode_e2m1(code):
@@ -98,7 +101,7 @@ def _decode(
     packed: torch.Tensor, block_scale: torch.Tensor, global_scale: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     out = torch.empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=dtype, device=packed.device)
-    num_blocks, blocks = block_scale.numel(), 256
+    num_blocks, (blocks, num_warps) = block_scale.numel(), DECODE_TILE
     _decode_kernel[(ceil_div(num_blocks, blocks),)](
         packed,
         block_scale,
@@ -107,7 +110,7 @@ def _decode(
         num_blocks,
         FP8=global_scale is None,
         BLOCKS=blocks,
-        num_warps=4,
+        num_warps=num_warps,
     )
     return out
 
@@ -115,7 +118,12 @@ def _decode(
 def _aot_spec(fp8: bool):
     pointers = {"w_ptr": "*u8", "s_ptr": "*fp8e4nv", "global_scale_ptr": "*fp32"}
     out = {"out_ptr": "*fp8e4nv" if fp8 else "*bf16", "num_blocks": "i32"}
-    return _decode_kernel, pointers | out, {"FP8": fp8, "BLOCKS": 256}
+    return (
+        _decode_kernel,
+        pointers | out,
+        {"FP8": fp8, "BLOCKS": DECODE_TILE[0]},
+        {"num_warps": DECODE_TILE[1]},
+    )
 
 
 AOT_SPECS = [_aot_spec(False), _aot_spec(True)]

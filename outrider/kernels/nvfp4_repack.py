@@ -31,6 +31,13 @@ E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 _WORDS = TILE_ROWS * CHUNK // 16
 
+WARPS = 8
+"""Of both kernels. Repacking is not tuned: it runs once, at load. Quantising:
+
+H200, 2026-11-26, 400 / 1,315 / 8,192 rows of 8,192: 5.1 / 10.7 / 55.6 us, 4 or 16 warps the same, in parts of 1,024
+7.5 / 16.2 / 70.3: benchmarks/results/trials_h200.txt
+"""
+
 
 def can_repack(num_rows: int, depth: int, gated: bool) -> bool:
     """Whether a matrix [num_rows, depth] divides into repacked tiles."""
@@ -134,7 +141,7 @@ def repack_nvfp4_(packed: torch.Tensor, block_scale: torch.Tensor, gated: bool) 
             num_blocks,
             GATED=gated,
             WORDS=_WORDS,
-            num_warps=8,
+            num_warps=WARPS,
         )
         words.copy_(new_words)
         scales.copy_(new_scales)
@@ -166,7 +173,7 @@ def quantize_stream(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.empty((num_rows + ROW_PADDING, row_size), dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(num_rows, dtype=torch.float32, device=x.device)
     block = power_of_two_at_least(row_size, CHUNK)
-    _quantize_stream_kernel[(num_rows,)](x, out, scale, row_size, BLOCK=block, num_warps=8)
+    _quantize_stream_kernel[(num_rows,)](x, out, scale, row_size, BLOCK=block, num_warps=WARPS)
     return out, scale
 
 
@@ -182,12 +189,12 @@ AOT_SPECS = [
             "num_blocks": "i32",
         },
         {"GATED": True, "WORDS": _WORDS},
-        {"num_warps": 8},
+        {"num_warps": WARPS},
     ),
     (
         _quantize_stream_kernel,
         {"x_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "row_size": "i32"},
         {"BLOCK": 8192},
-        {"num_warps": 8},
+        {"num_warps": WARPS},
     ),
 ]

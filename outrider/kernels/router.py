@@ -7,6 +7,9 @@ nor their company. Steps of a few tokens route inside ``moe_few`` and ``moe_one_
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -15,8 +18,23 @@ from outrider.kernels._dispatch import arrival_counters, ceil_div, on_gpu, power
 from outrider.kernels.gemm import linear
 from outrider.kernels.moe import route_reference
 
-ROWS, STEP, SPLIT = 16, 128, 8
-"""Rows and columns of a tile, and parts of the depth: 5 steps of Scout's 5,120 each, 256 programs at 512 rows."""
+
+class RouterTile(NamedTuple):
+    """Launch constants: rows and columns of a tile, parts of the depth, warps, pipeline stages."""
+
+    rows: int
+    step: int
+    split: int
+    warps: int
+    stages: int
+
+
+ROUTER_TILES = ((64, RouterTile(16, 128, 8, 4, 4)), (math.inf, RouterTile(16, 128, 8, 4, 2)))
+"""(most experts, tile): 5 steps of Scout's 5,120 columns a part, 256 programs at 512 rows.
+
+Not tuned. H200, 2026-11-26, 16 experts, 32 / 512 / 2,048 / 8,192 rows: 5.6 / 6.5 / 11.6 / 35.5 us, a product and then
+the choice 8.5 / 9.1 / 10.4 / 25.4: benchmarks/results/trials_h200.txt
+"""
 
 
 def route_rows(x: torch.Tensor, weight: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,8 +112,9 @@ def route_rows_triton(x: torch.Tensor, weight: torch.Tensor, top_k: int) -> tupl
     ids = torch.empty((num_rows, top_k), dtype=torch.int32, device=x.device)
     scores = torch.empty((num_rows, top_k), dtype=torch.float32, device=x.device)
     bins = power_of_two_at_least(num_experts, 16)
-    partial = torch.empty((SPLIT, num_rows, bins), dtype=torch.float32, device=x.device)
-    _route_rows_kernel[(ceil_div(num_rows, ROWS), SPLIT)](
+    tile = next(tile for most_experts, tile in ROUTER_TILES if num_experts <= most_experts)
+    partial = torch.empty((tile.split, num_rows, bins), dtype=torch.float32, device=x.device)
+    _route_rows_kernel[(ceil_div(num_rows, tile.rows), tile.split)](
         x,
         weight,
         partial,
@@ -106,31 +125,32 @@ def route_rows_triton(x: torch.Tensor, weight: torch.Tensor, top_k: int) -> tupl
         size,
         num_experts,
         K=top_k,
-        ROWS=ROWS,
-        STEP=STEP,
-        SPLIT=SPLIT,
+        ROWS=tile.rows,
+        STEP=tile.step,
+        SPLIT=tile.split,
         BINS=bins,
-        num_warps=4,
-        num_stages=4 if bins <= 64 else 2,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
     return ids, scores
 
 
-AOT_SPECS = [
-    (
-        _route_rows_kernel,
-        {
-            "x_ptr": "*bf16",
-            "weight_ptr": "*bf16",
-            "partial_ptr": "*fp32",
-            "arrivals_ptr": "*i32",
-            "ids_ptr": "*i32",
-            "scores_ptr": "*fp32",
-            "num_rows": "i32",
-            "size": "i32",
-            "num_experts": "i32",
-        },
-        {"K": 1, "ROWS": ROWS, "STEP": STEP, "SPLIT": SPLIT, "BINS": 16},
-        {"num_warps": 4, "num_stages": 4},
-    )
-]
+_ROUTE = {
+    "x_ptr": "*bf16",
+    "weight_ptr": "*bf16",
+    "partial_ptr": "*fp32",
+    "arrivals_ptr": "*i32",
+    "ids_ptr": "*i32",
+    "scores_ptr": "*fp32",
+    "num_rows": "i32",
+    "size": "i32",
+    "num_experts": "i32",
+}
+
+
+def _aot_spec(bins: int, tile: RouterTile):
+    constants = {"K": 1, "ROWS": tile.rows, "STEP": tile.step, "SPLIT": tile.split, "BINS": bins}
+    return _route_rows_kernel, _ROUTE, constants, {"num_warps": tile.warps, "num_stages": tile.stages}
+
+
+AOT_SPECS = [_aot_spec(16, ROUTER_TILES[0][1])]

@@ -16,10 +16,20 @@ import triton.language as tl
 from outrider.kernels._dispatch import ceil_div, on_gpu, power_of_two_at_least
 from outrider.kernels.invariant import by_blocks, is_invariant
 
-BEST_TILE = 4096
-"""Logits of one program of the pass that finds the maxima."""
-DRAW_TILE = 8192
-"""Logits that a stochastic row's program holds at a time."""
+
+class LogitTile(NamedTuple):
+    """Launch constants: logits that a program holds at a time, warps."""
+
+    logits: int
+    warps: int
+
+
+BEST_TILE, GREEDY_TILE, DRAW_TILE = LogitTile(4096, 4), LogitTile(8192, 1), LogitTile(8192, 16)
+"""Of the pass that finds the maxima, and of the one that finishes a row: greedily, which reads no logits, or drawing.
+
+Not tuned. H200, 2026-11-27, 1 / 64 / 512 rows of 202,048: greedy 3.8 / 12.3 / 62.8 us, with a temperature 50.5 / 60.8 /
+313, with top_p 713 / 741 / 4,106: benchmarks/results/kernels_h200.json
+"""
 LOWEST: tl.constexpr = tl.constexpr(80.0)
 """Log-weights below minus this (1e-35 of the best token's probability) are never drawn."""
 
@@ -263,12 +273,13 @@ def sample_triton(logits: torch.Tensor, rows: SamplingRows, all_greedy: bool = F
     out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     if num_rows == 0:
         return out
-    num_parts = ceil_div(vocab, BEST_TILE)
+    num_parts = ceil_div(vocab, BEST_TILE.logits)
     best = torch.empty((num_rows, num_parts), dtype=torch.float32, device=logits.device)
     best_id = torch.empty((num_rows, num_parts), dtype=torch.int32, device=logits.device)
     _row_best_kernel[(num_rows, num_parts)](
-        logits, best, best_id, logits.stride(0), vocab, TILE=BEST_TILE, num_warps=4
+        logits, best, best_id, logits.stride(0), vocab, TILE=BEST_TILE.logits, num_warps=BEST_TILE.warps
     )
+    tile = GREEDY_TILE if all_greedy else DRAW_TILE
     _choose_kernel[(num_rows,)](
         logits,
         best,
@@ -280,8 +291,8 @@ def sample_triton(logits: torch.Tensor, rows: SamplingRows, all_greedy: bool = F
         num_parts,
         GREEDY=all_greedy,
         PARTS=power_of_two_at_least(num_parts, 2),
-        TILE=DRAW_TILE,
-        num_warps=1 if all_greedy else 16,
+        TILE=tile.logits,
+        num_warps=tile.warps,
     )
     return out
 
@@ -300,9 +311,15 @@ _POINTERS = {
 _SIZES = {"stride": "i32", "vocab": "i32", "num_parts": "i32"}
 _BEST = {"logits_ptr": "*bf16", "best_ptr": "*fp32", "id_ptr": "*i32", "stride": "i32", "vocab": "i32"}
 _CHOOSE = {**_POINTERS, **_SIZES}
-_CHOOSE_SHAPE = {"PARTS": 64, "TILE": DRAW_TILE}
 AOT_SPECS = [
-    (_row_best_kernel, _BEST, {"TILE": BEST_TILE}, {"num_warps": 4}),
-    (_choose_kernel, _CHOOSE, {**_CHOOSE_SHAPE, "GREEDY": True}, {"num_warps": 1}),
-    (_choose_kernel, _CHOOSE, {**_CHOOSE_SHAPE, "GREEDY": False}, {"num_warps": 16}),
+    (_row_best_kernel, _BEST, {"TILE": BEST_TILE.logits}, {"num_warps": BEST_TILE.warps}),
+    *(
+        (
+            _choose_kernel,
+            _CHOOSE,
+            {"PARTS": 64, "TILE": tile.logits, "GREEDY": tile is GREEDY_TILE},
+            {"num_warps": tile.warps},
+        )
+        for tile in (GREEDY_TILE, DRAW_TILE)
+    ),
 ]
