@@ -1,8 +1,8 @@
 """A weight matrix in the model dtype, in the layout its device multiplies fastest. Used by plain linears and the head.
 
 On a CPU the weight is repacked once into oneDNN's blocked layout through the two ops that torch's own
-inductor uses for frozen weights. All GEMMs of SmolLM2-135M in float32, 2 cores, torch 2.13, plain against
-packed: 1 row 33 / 32 ms, 2 rows 278 / 38 ms, 16 rows 113 / 57 ms, 512 rows 797 / 342 ms.
+inductor uses for frozen weights. All GEMMs of SmolLM2-135M in float32, 2 cores, torch 2.13, 2026-11-23, plain
+against packed: 1 row 33 / 32 ms, 2 rows 278 / 38 ms, 16 rows 113 / 57 ms, 512 rows 797 / 342 ms (docs/log.md).
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from outrider.kernels.gemm import linear
 
 ROW_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 """oneDNN keeps code and scratch memory, 0.65 MB, for every number of rows that a matrix shape ever met, up to a
-thousand of them (650 MB): products are padded to these, more than the last to its multiples."""
+thousand of them (650 MB): products are padded to these, more than the last to its multiples.
+
+CPU, 2026-11-26: 195 MB for 300 row counts of one 576 x 576 product (docs/log.md). Which 21 counts is not tuned.
+"""
 
 PACKED_FOR_ROWS = 64  # oneDNN picks the layout for this many rows; 64 was best or equal from 1 to 512
 _PACKABLE = (torch.float32, torch.bfloat16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +19,26 @@ DTYPES = {
     "float": torch.float32,
     "float32": torch.float32,
 }
+
+
+class Defaults(NamedTuple):
+    """What a kind of device gets unless it is told: ``prefill_share_tokens`` are prompt tokens beside decodes."""
+
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    prefill_share_tokens: int
+
+
+GPU = Defaults(64, 512, 8192, 512)
+"""The share of 512 is what the cost model of ``benchmarks.policies``, measured on an H200, gave best (docs/adr/0009).
+
+2026-11-27, FP8 / NVFP4, 512 requests at once: 4,482 / 6,836 tok/s, with whole steps of 8,192 4,452 / 6,573
+(benchmarks/results/policies.json). The others are not tuned; blocks are one ``DecodeTile`` long.
+"""
+
+CPU = Defaults(16, 256, 512, 128)
+"""Not tuned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +75,20 @@ def resolve(config: EngineConfig, model: ModelConfig) -> Resolved:
         raise ConfigError(
             f"--max-model-len {max_model_len} is more than the model's {model.max_position_embeddings} positions."
         )
-    max_num_seqs = config.max_num_seqs or (512 if on_gpu else 256)
-    budget = config.max_num_batched_tokens or (8192 if on_gpu else 512)
+    defaults = GPU if on_gpu else CPU
+    max_num_seqs = config.max_num_seqs or defaults.max_num_seqs
+    budget = config.max_num_batched_tokens or defaults.max_num_batched_tokens
     if budget < max_num_seqs:
         raise ConfigError(
             f"--max-num-batched-tokens {budget} must be at least --max-num-seqs {max_num_seqs}, "
             "so that every running sequence can advance in a step."
         )
-    share = min(budget, config.prefill_share_tokens or (512 if on_gpu else 128))
+    share = min(budget, config.prefill_share_tokens or defaults.prefill_share_tokens)
     return Resolved(
         device=device,
         dtype=dtype,
         kv_dtype=_kv_dtype(config, model, dtype),
-        block_size=config.block_size or (64 if on_gpu else 16),
+        block_size=config.block_size or defaults.block_size,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         max_model_len=max_model_len,
