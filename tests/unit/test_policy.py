@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -207,6 +208,35 @@ def test_no_unfinished_business(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     for word in ("TODO", "FIXME", "XXX", "NotImplementedError"):
         assert word not in text, f"{path.relative_to(ROOT)} contains {word}"
+
+
+def tile_tables(path: Path) -> Iterator[tuple[int, str]]:
+    """``(line, docstring below it)`` of every module constant whose name ends in TILE or TILES."""
+    body = tree_of(path).body
+    for node, below in zip(body, [*body[1:], None], strict=True):
+        if not isinstance(node, (ast.Assign, ast.AnnAssign)):
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        names = [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+        if any(re.search(r"(^|_)TILES?$", name) for name in names):
+            value = below.value if isinstance(below, ast.Expr) else None
+            yield node.lineno, str(value.value) if isinstance(value, ast.Constant) else ""
+
+
+def test_tile_tables_say_where_and_when_they_were_measured() -> None:
+    """Guards against launch constants that nobody can tell from guesses: a GPU and a date, or that there is none."""
+    tables = [
+        (path, line, text)
+        for path in SOURCES
+        if path.parent.name == "kernels"
+        for line, text in tile_tables(path)
+    ]
+    assert len(tables) > 10
+    for path, line, text in tables:
+        measured = re.search(r"\b[HB]\d{3}\b", text) and re.search(r"\b20\d\d-\d\d-\d\d\b", text)
+        assert measured or re.search(r"not (yet )?(measured|timed)", text, re.IGNORECASE), (
+            f"{path.relative_to(ROOT)}:{line}: say on which GPU and when this was measured, or that it was not"
+        )
 
 
 def test_public_names_are_frozen() -> None:
