@@ -38,7 +38,8 @@ FLAT_TILE, ROW_TILE = QuantizeTile(4096, 8), QuantizeTile(1024, 4)
 """With a given scale, and with a scale a row.
 
 H200, 2026-11-26, a scale a row, 400 / 1,315 / 8,192 rows of 5,120: 4.0 / 7.8 / 34.1 us, whole rows 4.3 / 8.5 / 38.3:
-trials_h200.txt. A given scale: not tuned; 2026-11-27, 512 rows of 5,120 14.3 us, 8,192 148: kernels_h200.json
+trials_h200.txt. A given scale: not tuned; 2026-11-27, before groups, value by value, 512 rows of 5,120 14.3 us, 8,192
+148: kernels_h200.json; with the vectors that groups give back 2.9 and 31.6 on 2026-11-23: kernels_gemm_h200.json
 """
 
 
@@ -169,10 +170,11 @@ def load_tiles(ptr, num_cols, TILES: tl.constexpr, BLOCK: tl.constexpr):
     return tiles
 
 
-@triton.jit(do_not_specialize=("num_elements",))
-def _quantize_kernel(x_ptr, scale_ptr, out_ptr, num_elements, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=("num_groups",))
+def _quantize_kernel(x_ptr, scale_ptr, out_ptr, num_groups, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    # Groups that are all there or not at all: the compiler then moves several values at a time.
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < num_elements
+    mask = offsets < num_groups.to(tl.int64) * GROUP
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + offsets, to_fp8(x, tl.load(scale_ptr)), mask=mask)
 
@@ -198,8 +200,9 @@ def quantize_fp8_triton(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     block, num_warps = FLAT_TILE
-    grid = (triton.cdiv(x.numel(), block),)
-    _quantize_kernel[grid](x, scale, out, x.numel(), BLOCK=block, num_warps=num_warps)
+    group = 1 if x.numel() % 16 else 16
+    grid = (ceil_div(x.numel(), block),)
+    _quantize_kernel[grid](x, scale, out, x.numel() // group, GROUP=group, BLOCK=block, num_warps=num_warps)
     return out
 
 
@@ -219,8 +222,8 @@ def quantize_fp8_rowwise_triton(x: torch.Tensor) -> Fp8Rows:
 AOT_SPECS = [
     (
         _quantize_kernel,
-        {"x_ptr": "*bf16", "scale_ptr": "*fp32", "out_ptr": "*fp8e4nv", "num_elements": "i32"},
-        {"BLOCK": FLAT_TILE.values},
+        {"x_ptr": "*bf16", "scale_ptr": "*fp32", "out_ptr": "*fp8e4nv", "num_groups": "i32"},
+        {"GROUP": 16, "BLOCK": FLAT_TILE.values},
         {"num_warps": FLAT_TILE.warps},
     ),
     (

@@ -22,7 +22,7 @@ def on_grid(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("op", [quantize.quantize_fp8_reference, quantize.quantize_fp8_triton])
-@pytest.mark.parametrize("shape", [(1, 16), (3, 97), (2, 5, 33)])
+@pytest.mark.parametrize("shape", [(1, 16), (3, 97), (2, 5, 33), (9, 1040)])
 def test_static_scale(op, shape):
     """Guards: multiplying by the scale, and values beyond 448 turning into NaN."""
     x = torch.randn(shape, device=DEVICE) * 20
