@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.record import about, end_with, need_cuda, write
 from outrider.config import EngineConfig
 from outrider.engine.engine import Engine
 from outrider.models.gguf import embedded_model_path
@@ -164,11 +165,13 @@ def shallow_copy(model: str, num_layers: int, folder: Path) -> str:
 
 
 def measured(args: argparse.Namespace, deterministic: str) -> dict[str, Any]:
-    """``compare`` in a process of its own: the mode is decided once for a process."""
+    """``compare`` in a process of its own: the mode is decided once for a process. Where that fails, this one ends."""
     command = [sys.executable, "-m", "benchmarks.determinism", "--worker", deterministic]
     command += ["--model", args.model, "--prompts", str(args.prompts), "--device", args.device]
     command += ["--layers", str(args.layers)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(done.returncode)  # it has said why
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -183,6 +186,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--worker", choices=("yes", "no"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.model = args.model or str(embedded_model_path())
+    if args.device == "cuda":
+        need_cuda("--device cuda")
     args.scale = LONGER_ON_GPU if args.device == "cuda" else 1
     if args.worker:
         if args.device == "cpu":  # small products on busy cores wait for each other
@@ -193,8 +198,7 @@ def main(argv: list[str]) -> int:
             print(json.dumps(compare(args)))
         return 0
     result: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU, one core",
+        **about("benchmarks.determinism", argv, device="CPU, one core" if args.device == "cpu" else None),
         "model": "/".join(Path(args.model).parts[-2:]),
         "layers": args.layers or "all",
         "prompts": args.prompts,
@@ -205,10 +209,9 @@ def main(argv: list[str]) -> int:
         ratio = result["deterministic"][name] / result["ordinary"][name]
         result[f"cost_{name.removesuffix('_s')}"] = round(ratio, 2)
     print(json.dumps(result))
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(args.out, result)
     return int(any(result["deterministic"]["differing"].values()))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_with(lambda: main(sys.argv[1:]))

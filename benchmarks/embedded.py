@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
+from benchmarks.record import about, end_with, write
 
 PROMPTS = (
     "The history of the harbour begins with",
@@ -134,18 +135,14 @@ def main() -> None:
         server.terminate()
         server.wait(timeout=60)
     theirs = measure_transformers(args.tokens)
-    import torch
-
     result = {
+        **about("benchmarks.embedded"),
         **{key: round(value, 2) for key, value in ours.items()},
         "transformers_tok_s": round(theirs, 2),
         "single_ratio": round(ours["single_tok_s"] / theirs, 2),
         "concurrent_ratio": round(ours["concurrent_tok_s"] / theirs, 2),
         "clients": args.clients,
         "tokens": args.tokens,
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
     }
     rows = (
         ("transformers generate, one at a time", theirs, 1.0),
@@ -154,10 +151,9 @@ def main() -> None:
     )
     for label, rate, ratio in rows:
         print(f"{label:<40} {rate:8.1f} tok/s  x{ratio}")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    write(args.json, result)
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernels.common import copy_bytes_per_s
+from benchmarks.record import about, end_with, need_cuda
 from outrider.config import EngineConfig
 from outrider.engine.engine import Engine
 from outrider.models.config_hf import load_model_config
@@ -124,7 +125,9 @@ def main() -> None:
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--enforce-eager", action="store_true")
     args = parser.parse_args()
-    result: dict[str, Any] = {"command": " ".join(__import__("sys").argv), "date": time.strftime("%Y-%m-%d")}
+    if args.profile is not None:
+        need_cuda("--profile")
+    result: dict[str, Any] = about("benchmarks.engine")
     if torch.cuda.is_available():
         result["copy_tb_s"] = round(copy_bytes_per_s() / 1e12, 3)
         torch.cuda.empty_cache()
@@ -146,7 +149,6 @@ def main() -> None:
     result |= {
         "start_s": round(time.perf_counter() - start, 2),
         "stages_s": info.startup_s,
-        "device": info.device,
     }
     result |= {"kv_capacity_tokens": info.kv_capacity_tokens, "weights_gb": info.weights_gb}
     print(info, flush=True)
@@ -166,9 +168,8 @@ def main() -> None:
             profile(driver, args.profile_batch, args.prompt_len, 40, 5),
         ]
         args.profile.write_text("".join(tables))
-    result |= {"torch": torch.__version__, "triton": __import__("triton").__version__}
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

@@ -12,18 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.host_engine import step_costs
+from benchmarks.record import about, as_json, cpu, end_with, write
 from benchmarks.serving import start_server
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,30 +121,17 @@ def main() -> None:
             server.wait(timeout=60)
         rows = json.loads(records.read_text())
     result: dict[str, Any] = {
-        "command": "python -m benchmarks.host " + " ".join(sys.argv[1:]),
-        "date": time.strftime("%Y-%m-%d"),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
+        **about("benchmarks.host", device=cpu()),  # a GPU has no part in it
         "load_average": round(os.getloadavg()[0], 2),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("uvicorn", "uvloop", "msgspec", "fastapi", "numpy")},
+        "versions": {name: version(name) for name in ("uvicorn", "uvloop", "msgspec", "fastapi", "numpy")},
         "streams": args.streams,
         "step_ms": args.step_ms,
         "engine_alone_ms": step_costs(args.streams, num_steps=200, pause_s=0.03),
         **{name: summary(row, rows) for name, row in measured.items()},
     }
-    print(json.dumps(result, indent=1))
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def cpu_name() -> str:
-    """The processor as the kernel names it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
-    )
+    print(as_json(result))
+    write(args.out, result)
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

@@ -11,15 +11,14 @@ tokens of a stream.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.record import about, end_with, write
 from outrider.engine.kv_manager import KVManager
 from outrider.engine.plan import Plan
 from outrider.engine.scheduler import Limits, Scheduler
@@ -137,9 +136,9 @@ def main() -> None:
     parser.add_argument("--shares", default="512,1024,8192")
     args = parser.parse_args()
     result: dict[str, Any] = {
-        "command": f"python -m benchmarks.policies --requests {args.requests} --shares {args.shares}",
-        "date": time.strftime("%Y-%m-%d"),
+        **about("benchmarks.policies", device="none: the steps' times come from a cost model of an H200"),
         "what": "the real scheduler, timed by a cost model of steps on an H200; no GPU in this run",
+        "requests": args.requests,
     }
     for name, cost in COSTS.items():
         result[name] = []
@@ -148,9 +147,8 @@ def main() -> None:
                 row = run(cost, share, policy, args.requests)
                 result[name].append(row)
                 print(name, row, flush=True)
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(args.out, result)
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

@@ -2,6 +2,9 @@
 
     python -m benchmarks.serving --model DIR --quantization modelopt --out FILE [-- extra serve flags]
 
+DIR is a checkpoint folder. With ``--load-format dummy``, the default, its config and tokenizer are enough: weights are
+random and none are read, so a speed can be measured where the checkpoint is not.
+
 Times the launch until the server is ready, then one stream (1,024 in, 128 out), then the recipe's load. FILE gets
 the commands, the GPU, the date, the versions, every figure, and how many requests were preempted.
 """
@@ -19,6 +22,8 @@ import time
 import urllib.request
 from pathlib import Path
 from typing import Any
+
+from benchmarks.record import about, as_typed, end_with, write
 
 READY = "Application startup complete."
 PROGRAM = [sys.executable, "-m", "outrider"]
@@ -59,23 +64,16 @@ def bench(args: argparse.Namespace, num_prompts: int, concurrency: int, output_l
         if done.returncode:
             raise SystemExit(f"bench serve failed with {done.returncode}")
         result: dict[str, Any] = json.loads((Path(folder) / "r.json").read_text())
-        return {"command": " ".join(command[1:]), **result}
+        return {"command": as_typed(command), **result}
 
 
 def preemptions(port: int) -> float:
-    """Preempted requests so far, from the server's metrics."""
+    """Preempted requests so far, from the server's metrics; ``SystemExit`` if they do not say."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as response:
         found = re.search(r"^vllm:num_preemptions_total\{.*\} ([\d.e+]+)", response.read().decode(), re.M)
-    return float(found[1]) if found else float("nan")
-
-
-def versions() -> dict[str, str]:
-    """GPU, torch and Triton."""
-    import torch
-    import triton
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"device": gpu, "torch": torch.__version__, "triton": triton.__version__}
+    if found is None:
+        raise SystemExit("the server's metrics have no vllm:num_preemptions_total")
+    return float(found[1])
 
 
 def main() -> None:
@@ -105,8 +103,8 @@ def main() -> None:
         command += ["--quantization", args.quantization]
     log = args.out.with_suffix(".log")
     server, ready_s = start_server(command, log)
-    result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "serve": " ".join(command[1:])}
-    result |= {
+    result: dict[str, Any] = {
+        "serve": as_typed(command),
         "ready_s": round(ready_s, 2),
         "log": [x for x in log.read_text().splitlines() if "KV cache" in x],
     }
@@ -121,8 +119,7 @@ def main() -> None:
     finally:
         server.terminate()
         server.wait(timeout=90)
-        result |= versions()
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        write(args.out, about("benchmarks.serving") | result)
         print(f"ready after {ready_s:.1f} s", flush=True)
     load, single = result["load"], result["single"]
     print(
@@ -140,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

@@ -18,7 +18,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import random
 import re
 import shutil
@@ -33,6 +32,8 @@ from typing import Any
 import httpx
 import numpy as np
 
+from benchmarks.record import about, as_typed, end_with
+from benchmarks.record import write as write_json
 from outrider.tools.plots import Series, line_plot, page, table
 
 RESULTS = Path(__file__).parent / "results"
@@ -55,9 +56,9 @@ class Server:
     """The process under load and the URL that its log names."""
 
     def __init__(self, model: str | None, flags: list[str]) -> None:
-        self.flags = flags
         command = [sys.executable, "-m", "outrider", "serve", *([model] if model else [])]
         command += ["--host", "127.0.0.1", "--port", "0", "--disable-uvicorn-access-log", *flags]
+        self.command = as_typed(command)
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
         self.url = ""
@@ -240,7 +241,7 @@ def write(result: dict[str, Any], folder: Path) -> None:
     summary = {key: value for key, value in result.items() if key not in ("times_min", "memory_mb")}
     every = max(1, len(result["times_min"]) // 60)
     summary["memory_mb"] = {name: sizes[::every] for name, sizes in result["memory_mb"].items()}
-    (folder / "soak.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "soak.json", summary)
     print(json.dumps({key: value for key, value in summary.items() if key != "memory_mb"}))
 
 
@@ -274,15 +275,10 @@ def main(argv: list[str]) -> int:
     finally:
         server.process.send_signal(signal.SIGTERM)
         server.process.wait(60)
-    about = {
-        "date": time.strftime("%Y-%m-%d"),
-        "command": f"python -m benchmarks.soak --minutes {args.minutes:g} --clients {args.clients}",
-        "serve": " ".join(server.flags),
-        "cores": len(os.sched_getaffinity(0)),
-    }
-    write(about | result, args.results)
+    head = {**about("benchmarks.soak", argv), "serve": server.command, "clients": args.clients}
+    write(head | result, args.results)
     return 0 if is_good(result) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_with(lambda: main(sys.argv[1:]))

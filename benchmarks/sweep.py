@@ -13,12 +13,9 @@ with the rates that this device reached at the start of the run.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.floors import Floor, ModelCost, Rates
+from benchmarks.record import about, as_json, end_with
 from outrider.config import EngineConfig
 from outrider.engine.engine import Engine
 from outrider.engine.kv_manager import KVManager
@@ -41,6 +39,10 @@ CONCURRENCY = (1, 8, 32, 128, 512)
 LENGTHS = (1024, 8192, 32768, 131072)
 WARM_STEPS = 8
 """Steps before the measured ones: graphs that the start did not capture are captured here."""
+Point = tuple[str, int, int]
+"""``(kind, concurrency, length)``."""
+TOO_LATE = "the time limit of the run was over"
+TOO_LARGE = "the KV cache does not hold such a stream for long enough"
 
 
 class FilledCache(KVManager):
@@ -82,8 +84,8 @@ class Bench:
         self._live: list[str] = []
         self._count = 0
 
-    def decode(self, concurrency: int, context: int) -> dict[str, Any]:
-        """Step time with ``concurrency`` streams of ``context`` tokens, or as many of them as fit."""
+    def decode(self, concurrency: int, context: int) -> dict[str, Any] | None:
+        """Step time with ``concurrency`` streams of ``context`` tokens, or as many as fit; None where none does."""
         before = self.engine.stats().preemptions
         prompt = self._prompt(context)
         self.cache.pretend = True
@@ -95,7 +97,7 @@ class Bench:
         self._clear()
         self.cache.pretend = False
         if not times:
-            return {"kind": "decode", "concurrency": concurrency, "length": context, "streams": 0}
+            return None
         median = statistics.median(times)
         floor = self.cost.decode(streams, context + WARM_STEPS + len(times) // 2, self.rates)
         return {
@@ -178,10 +180,10 @@ def _against(seconds: float, floor: Floor) -> dict[str, Any]:
     }
 
 
-def points(concurrency: Sequence[int], lengths: Sequence[int]) -> list[tuple[str, int, int]]:
-    """``(kind, concurrency, length)`` by weight: short contexts and the extremes of concurrency first."""
+def points(concurrency: Sequence[int], lengths: Sequence[int]) -> list[Point]:
+    """All points by weight: short contexts and the extremes of concurrency first."""
     by_weight = sorted(concurrency, key=lambda c: (c not in (min(concurrency), max(concurrency)), -c))
-    ordered: list[tuple[str, int, int]] = []
+    ordered: list[Point] = []
     for length in sorted(lengths):
         ordered.append(("prefill", 1, length))
         ordered += [("decode", count, length) for count in by_weight]
@@ -225,7 +227,7 @@ def fill_with_noise(data: torch.Tensor) -> None:
 
 def sweep_page(result: dict[str, Any]) -> str:
     """The rows so far as one self-contained HTML text: measured against floor, by length."""
-    rows = [row for row in result["points"] if row.get("ms")]
+    rows = result["points"]
     decodes = [row for row in rows if row["kind"] == "decode"]
     prefills = sorted((row for row in rows if row["kind"] == "prefill"), key=lambda row: row["length"])
     by_length = {
@@ -254,17 +256,37 @@ def sweep_page(result: dict[str, Any]) -> str:
     plots.append(
         line_plot("One prompt to its first token", "prompt tokens", "ms", series, log_x=True, log_y=True)
     )
-    header = ["point", "streams", "ms", "floor ms", "floor, % of it", "tokens a second", "GB", "TFLOP"]
+    header = [
+        "point",
+        "streams",
+        "ms",
+        "floor ms",
+        "floor, % of it",
+        "tokens a second",
+        "GB",
+        "TFLOP",
+        "date",
+    ]
     cells = [
         [
-            f"{row['kind']} {row['concurrency']} x {row['length']:,}",
+            _name(row),
             str(row.get("streams", 1)),
             *(number(row[key]) for key in ("ms", "floor_ms", "percent_of_floor", "tok_s", "gb", "tflop")),
+            row.get("date", result["date"]),
         ]
         for row in rows
     ]
-    intro = f"{result['model']} on {result['device']}, {result['date']}: {result['command']}. {_HOW}"
-    return page("Step time against the floor", intro, [table(header, cells)], plots)
+    tables = [table(header, cells)]
+    if result["skipped"]:
+        tables.append(table(["not measured", "because"], [[_name(x), x["why"]] for x in result["skipped"]]))
+    made = f"{result['model']} on {result['device']}, torch {result['torch']}, Triton {result['triton']}"
+    note = f" Note: {result['note']}." if "note" in result else ""
+    intro = f"{made}, {result['date']}: {result['command']}. {_HOW}{note}"
+    return page("Step time against the floor", intro, tables, plots)
+
+
+def _name(point: dict[str, Any]) -> str:
+    return f"{point['kind']} {point['concurrency']} x {point['length']:,}"
 
 
 _HOW = (
@@ -276,7 +298,7 @@ _HOW = (
 def write(result: dict[str, Any], out: Path) -> None:
     """Both files, each replaced whole."""
     for path, text in (
-        (out, json.dumps(result, indent=1) + "\n"),
+        (out, as_json(result)),
         (out.with_suffix(".html"), sweep_page(result)),
     ):
         partial = path.with_name(path.name + ".part")
@@ -347,10 +369,8 @@ def main() -> None:
     cost = ModelCost.of(config, getattr(torch, info.dtype), getattr(torch, info.kv_cache_dtype))
     bench = Bench(engine, cost, rates, args)
     result: dict[str, Any] = {
-        "command": "python -m benchmarks.sweep " + " ".join(sys.argv[1:]),
-        "date": time.strftime("%Y-%m-%d"),
+        **about("benchmarks.sweep"),
         "model": args.model,
-        "device": info.device,
         "rates": {
             "copy_tb_s": round(rates.bytes_per_s / 1e12, 4),
             "linear_tflop_s": round(rates.linear_flops / 1e12, 3),
@@ -358,21 +378,25 @@ def main() -> None:
         },
         "start_s": round(time.perf_counter() - start, 1),
         "kv_capacity_tokens": info.kv_capacity_tokens,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "skipped": [],
         "points": [],
     }
     print({key: result[key] for key in ("device", "rates", "start_s", "kv_capacity_tokens")}, flush=True)
     for kind, count, length in points(concurrency, lengths):
-        if time.perf_counter() - start > args.time_limit:
-            result["skipped"].append([kind, count, length])
-        else:
+        is_late = time.perf_counter() - start > args.time_limit
+        row = None
+        if not is_late:
             row = bench.prefill(length) if kind == "prefill" else bench.decode(count, length)
+        if row is None:
+            why = TOO_LATE if is_late else TOO_LARGE
+            row = {"kind": kind, "concurrency": count, "length": length, "why": why}
+            result["skipped"].append(row)
+        else:
             result["points"].append(row)
-            print({key: value for key, value in row.items() if key != "floor_parts_ms"}, flush=True)
+        print({key: value for key, value in row.items() if key != "floor_parts_ms"}, flush=True)
         write(result, args.out)
     print(f"{len(result['points'])} points, {len(result['skipped'])} skipped, {args.out}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

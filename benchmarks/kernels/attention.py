@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.kernels.common import Report, graph_us, parse_args, relative_error
+from benchmarks.record import end_with
 from outrider.kernels.attention_decode import DecodeTile, decode_attention
 from outrider.kernels.attention_prefill import PrefillTile, prefill_attention
 
@@ -218,4 +219,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

@@ -9,25 +9,23 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
+
+from benchmarks.record import about, need_cuda, write
 
 
 def parse_args(description: str, parts: Sequence[str] = ()) -> argparse.Namespace:
-    """The options of every kernel benchmark; ``parts`` can be run alone."""
+    """The options of every kernel benchmark; ``parts`` can be run alone. ``ConfigError`` without a CUDA device."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="write all rows to this file")
     parser.add_argument("--quick", action="store_true", help="default launch constants only, no variants")
     parser.add_argument("--only", choices=parts, help="run this part alone")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("this benchmark needs a CUDA device")
+    need_cuda("this benchmark")
     return args
 
 
@@ -106,14 +104,9 @@ class Report:
         self.copy = copy_bytes_per_s()
         self.products = {operand: product_flops_per_s(operand) for operand in ("fp8", "bf16")}
         self.rows: list[dict[str, Any]] = []
-        props = torch.cuda.get_device_properties(0)
         self.head = {
             "benchmark": name,
-            "command": " ".join(["python -m", f"benchmarks.kernels.{name}", *sys.argv[1:]]),
-            "date": time.strftime("%Y-%m-%d"),
-            "device": props.name,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
+            **about(f"benchmarks.kernels.{name}"),
             "copy_gb_per_s": round(self.copy / 1e9),
             "product_tflop_per_s": {key: round(value / 1e12) for key, value in self.products.items()},
         }
@@ -133,17 +126,16 @@ class Report:
         self._add(case, variant, us, **rate, floor_us=round(floor, 2), percent=round(100 * floor / us))
 
     def fail(self, case: str, variant: str, why: str) -> None:
-        """A variant that did not run or was wrong."""
-        self._add(case, variant, float("nan"), error=why)
+        """A variant that did not run or was wrong: a row without a time."""
+        self._add(case, variant, None, error=why)
 
-    def _add(self, case: str, variant: str, us: float, **numbers: object) -> None:
-        row = {"case": case, "variant": variant, "us": round(us, 2), **numbers}
-        self.rows.append(row)
+    def _add(self, case: str, variant: str, us: float | None, **numbers: object) -> None:
+        rounded = None if us is None else round(us, 2)
+        self.rows.append({"case": case, "variant": variant, "us": rounded, **numbers})
         values = " ".join(f"{key}={value}" for key, value in numbers.items())
-        print(f"{case:<28} {variant:<34} {us:>10.2f} us  {values}", flush=True)
+        shown = "-" if us is None else f"{us:.2f}"
+        print(f"{case:<28} {variant:<34} {shown:>10} us  {values}", flush=True)
 
     def write(self) -> None:
         """Write the JSON file, if one was asked for."""
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps({**self.head, "rows": self.rows}, indent=1))
+        write(self.path, {**self.head, "rows": self.rows})

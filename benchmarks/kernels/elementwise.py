@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.kernels.common import Report, graph_us, parse_args, relative_error
+from benchmarks.record import end_with
 from outrider.kernels.activation import silu_mul, silu_mul_reference
 from outrider.kernels.norm import LazySum, rms_norm, rms_norm_operand, rms_norm_reference
 from outrider.kernels.quantize import Fp8Form, Fp8Rows, Operand
@@ -128,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

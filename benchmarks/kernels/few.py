@@ -28,6 +28,7 @@ from benchmarks.kernels.step import (
     reference,
     separate_operations,
 )
+from benchmarks.record import end_with
 from outrider.kernels import attention_decode, gemm, moe_few, moe_one_nvfp4, overlap, rope_attention
 from outrider.kernels.attention_decode import DecodeTile
 from outrider.kernels.gemm import SkinnyTile
@@ -306,4 +307,4 @@ def choose(form: Form, report: Report, is_quick: bool) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.kernels.common import Report, graph_us, parse_args, relative_error
+from benchmarks.record import end_with
 from outrider.kernels import gemm
 from outrider.kernels.gemm import SkinnyTile
 from outrider.kernels.quantize import quantize_fp8, quantize_fp8_rowwise
@@ -128,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

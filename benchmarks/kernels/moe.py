@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks.kernels.common import Report, graph_us, parse_args, relative_error
+from benchmarks.record import end_with
 from outrider.kernels import moe
 from outrider.kernels.activation import swiglu
 from outrider.kernels.fp8_stream import StreamTile, down_stream, gate_up_stream
@@ -246,4 +247,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

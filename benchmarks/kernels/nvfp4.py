@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks.kernels.common import Report, graph_us, parse_args, relative_error
+from benchmarks.record import end_with
 from outrider.kernels import moe, moe_nvfp4, nvfp4
 from outrider.kernels.moe_dispatch import STREAM_FP8, SortedRows, gather_rows_triton
 from outrider.kernels.nvfp4_repack import quantize_stream, repack_nvfp4_
@@ -243,4 +244,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

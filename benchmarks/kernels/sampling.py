@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.kernels.common import Report, graph_us, parse_args
+from benchmarks.record import end_with
 from outrider.kernels.sampling import SamplingRows, sample, sample_reference, top_logprobs
 
 VOCAB = 202_048
@@ -68,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

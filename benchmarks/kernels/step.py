@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 
 from benchmarks.kernels.common import Report, graph_us, parse_args
+from benchmarks.record import end_with
 from outrider.kernels import gemm, moe, moe_few_kernels, moe_one_nvfp4, overlap, router
 from outrider.kernels.gemm import SkinnyTile
 from outrider.kernels.moe_gemm import Tile
@@ -354,4 +355,4 @@ def layer_bytes(tokens: int, expert_bytes: float = 1.0) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -40,15 +41,28 @@ def run(args: argparse.Namespace) -> int:
     ``ConfigError`` without a CUDA device, before anything is measured.
     """
     if not has_cuda():
-        raise ConfigError("bench kernels needs a CUDA device and torch sees none; run it where the GPU is.")
+        raise no_cuda("bench kernels")
     root = find_suites()
     results = [run_suite(root, suite, args.variants) for suite in args.suite]
     rows = [row for result in results for row in result["rows"]]
     print_table(rows)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1))
+        command = shlex.join(["outrider", "bench", "kernels", *_flags(args)])
+        result = {"command": command, "suites": results}
+        args.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     return int(any("error" in row for row in rows))
+
+
+def _flags(args: argparse.Namespace) -> list[str]:
+    """The options behind ``args``, but for those that are at their default."""
+    suites = [] if tuple(args.suite) == SUITES else ["--suite", *args.suite]
+    return [*suites, *(["--variants"] if args.variants else []), "--json", str(args.json)]
+
+
+def no_cuda(what: str) -> ConfigError:
+    """The error of ``what`` where torch sees no CUDA device."""
+    return ConfigError(f"{what} needs a CUDA device and torch sees none; run it where the GPU is.")
 
 
 def has_cuda() -> bool:

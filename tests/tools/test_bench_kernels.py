@@ -52,9 +52,9 @@ def test_rows_of_a_suite_reach_table_and_file(tmp_path, monkeypatch, capsys):
             "floor_us": 445.0,
             "percent": 93,
         },
-        {"case": "fp8 o T=1", "variant": "table", "us": float("nan"), "error": "relative error 0.3"},
+        {"case": "fp8 o T=1", "variant": "table", "us": None, "error": "relative error 0.3"},
     ]
-    body = f"import json, sys\nfrom math import nan\nopen(sys.argv[2], 'w').write(json.dumps({{'rows': {rows!r}}}))"
+    body = f"import json, sys\nopen(sys.argv[2], 'w').write(json.dumps({{'rows': {rows!r}}}))"
     monkeypatch.setattr(bench_kernels, "find_suites", lambda: _fake_tree(tmp_path, body))
     out = tmp_path / "out" / "rows.json"
     assert _run("--suite", "gemm", "--json", str(out)) == 1
@@ -63,7 +63,9 @@ def test_rows_of_a_suite_reach_table_and_file(tmp_path, monkeypatch, capsys):
     assert lines[0][-6:] == ["12.50", "2936", "GB/s", "8.90", "71", "%"]
     assert lines[1][-6:] == ["480.00", "1252", "TFLOP/s", "445.00", "93", "%"]
     assert "relative error 0.3" in table
-    assert json.loads(out.read_text())[0]["rows"][0] == rows[0]
+    result = json.loads(out.read_text())
+    assert result["command"] == f"outrider bench kernels --suite gemm --json {out}"
+    assert [suite["rows"] for suite in result["suites"]] == [rows]
 
 
 def test_without_a_gpu_it_refuses_at_once(monkeypatch):

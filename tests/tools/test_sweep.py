@@ -122,13 +122,26 @@ def test_whole_sweep(monkeypatch: pytest.MonkeyPatch, shared: Path, tmp_path: Pa
         assert row["ms"] > row["floor_ms"] > 0 and row["steps"] > 0
         assert row.get("streams", row["concurrency"]) == row["concurrency"] and not row.get("preemptions")
     page = (tmp_path / "sweep.html").read_text()
-    assert page.count("<svg") == 5 and "decode 3 x 100" in page
+    assert page.count("<svg") == 5 and "decode 3 x 100" in page and "not measured" not in page
+    assert result["command"].startswith("python -m benchmarks.sweep --model ")
+
+
+def test_page_says_what_the_file_says(monkeypatch: pytest.MonkeyPatch, shared: Path, tmp_path: Path) -> None:
+    """Guards a page that leaves out the note, a point's own day, or what was not measured and why."""
+    monkeypatch.setattr(sweep.Bench, "decode", lambda *_: None)
+    result = _run(monkeypatch, shared, tmp_path / "sweep.json", "--lengths", "40")
+    assert [row["concurrency"] for row in result["skipped"]] == [3, 1] and len(result["points"]) == 1
+    result["note"] = "one point is older"
+    result["points"][0]["date"] = "1999-12-31"
+    page = sweep.sweep_page(result)
+    assert "one point is older" in page and "<td>1999-12-31</td>" in page
+    assert f"<td>decode 3 x 40</td><td>{sweep.TOO_LARGE}</td>" in page
 
 
 def test_time_limit_and_full_cache(monkeypatch: pytest.MonkeyPatch, shared: Path, tmp_path: Path) -> None:
     """Guards a job with a time limit: past it nothing begins and the files still say what was left out."""
     result = _run(monkeypatch, shared, tmp_path / "late.json", "--time-limit", "0")
-    assert result["points"] == [] and len(result["skipped"]) == 6
+    assert result["points"] == [] and [row["why"] for row in result["skipped"]] == [sweep.TOO_LATE] * 6
     full = ["--num-gpu-blocks-override", "120", "--lengths", "100", "--concurrency", "1,40"]
     few = _run(monkeypatch, shared, tmp_path / "few.json", *full)
     rows = {row["concurrency"]: row for row in few["points"] if row["kind"] == "decode"}
