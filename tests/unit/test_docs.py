@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import outrider
+from benchmarks.record import ABOUT
 from outrider.cli.docs import with_tree
 from outrider.cli.help import flags_document
 from outrider.cli.options import all_options
@@ -86,3 +89,33 @@ def test_links_of_the_documents_lead_somewhere() -> None:
     rows = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- numbers")[1].split("<!-- end")[0]
     numbers = [row for row in rows.splitlines() if row.startswith("|")][2:]
     assert numbers and all("(benchmarks/results/" in row for row in numbers)
+
+
+def strictly(path: Path) -> dict[str, Any]:
+    """The file's JSON; ``ValueError`` for NaN and Infinity, which are none."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{path.name} holds {name}")
+
+    return dict(json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse))
+
+
+def test_results_say_what_they_are_of() -> None:
+    """Guards against a figure that nobody can repeat: command, day, machine, versions; what is unknown has a note."""
+    files = sorted((ROOT / "benchmarks/results").glob("*.json"))
+    assert files
+    for path in files:
+        result = strictly(path)
+        assert not set(ABOUT) - set(result), f"{path.name} lacks {set(ABOUT) - set(result)}"
+        unknown = [name for name in ABOUT if result[name] is None]
+        assert not unknown or "note" in result, f"{path.name}: no note says why {unknown} are null"
+        assert result["date"] and result["device"], path.name
+        without_program = re.search(r'"(command|serve)": "-.*', path.read_text(encoding="utf-8"))
+        assert not without_program, f"{path.name}: {without_program}"
+
+
+def test_every_result_is_explained() -> None:
+    """Guards against a results file that no document needs, or that is explained and gone."""
+    folder = ROOT / "benchmarks/results"
+    rows = re.findall(r"^\| `([\w.]+)` \|", (folder / "README.md").read_text(encoding="utf-8"), re.M)
+    assert sorted(rows) == sorted(path.name for path in folder.iterdir() if path.name != "README.md")
