@@ -69,18 +69,18 @@ def prefill_ms(driver: Driver, prompt_len: int) -> float:
     return statistics.median(times[1:]) * 1e3
 
 
-def decode(driver: Driver, batch: int, prompt_len: int, num_tokens: int) -> dict[str, float]:
-    """``batch`` streams at once: median step time once all of them decode."""
+def decode(driver: Driver, batch: int, prompt_len: int, num_tokens: int) -> dict[str, float | None]:
+    """``batch`` streams at once: median step time once all of them decode; None if they never did at once."""
     for _ in range(batch):
         driver.add(prompt_len, num_tokens)
     steps = driver.run()
     full = [seconds for seconds, _, generated in steps if generated == batch]
-    median = statistics.median(full or [0.0])
+    median = statistics.median(full) if full else None
     whole = sum(seconds for seconds, _, _ in steps)
     return {
         "batch": batch,
-        "step_ms": round(median * 1e3, 3),
-        "decode_tok_s": round(batch / median, 1) if median else 0.0,
+        "step_ms": None if median is None else round(median * 1e3, 3),
+        "decode_tok_s": None if median is None else round(batch / median, 1),
         "overall_tok_s": round(batch * num_tokens / whole, 1),
         "preemptions": driver.engine.stats().preemptions,
     }

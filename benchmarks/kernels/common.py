@@ -64,16 +64,20 @@ def copy_bytes_per_s() -> float:
     Launched one by one: as a node of a graph the same copy ran at 2.7 instead of 4.3 TB/s (H200, 2026-11-23).
     """
     source = torch.randint(0, 255, (1 << 31,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
+    return 2 * copied_bytes_per_s(torch.empty_like(source), source)
+
+
+def copied_bytes_per_s(target: torch.Tensor, source: torch.Tensor) -> float:
+    """Bytes of ``source`` a second that ten copies to ``target`` on the device reach, counted once."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(3):
-        target.copy_(source)
+        target.copy_(source, non_blocking=True)
     start.record()
     for _ in range(10):
-        target.copy_(source)
+        target.copy_(source, non_blocking=True)
     end.record()
     torch.cuda.synchronize()
-    return 2 * source.numel() * 10 / (start.elapsed_time(end) / 1e3)
+    return 10 * source.nbytes / (start.elapsed_time(end) / 1e3)
 
 
 def product_flops_per_s(operand: str) -> float:
@@ -112,9 +116,12 @@ class Report:
         }
         print(json.dumps(self.head), flush=True)
 
-    def memory(self, case: str, variant: str, us: float, num_bytes: int) -> None:
-        """A row of a memory-bound op: GB/s, and the share of the copy rate."""
-        self._timed(case, variant, us, num_bytes / self.copy, gb_per_s=round(num_bytes / us / 1e3))
+    def memory(
+        self, case: str, variant: str, us: float, num_bytes: int, bytes_per_s: float | None = None
+    ) -> None:
+        """A row of a memory-bound op: GB/s, and the share of the copy rate or of ``bytes_per_s``."""
+        floor_s = num_bytes / (bytes_per_s or self.copy)
+        self._timed(case, variant, us, floor_s, gb_per_s=round(num_bytes / us / 1e3))
 
     def compute(self, case: str, variant: str, us: float, flops: float, operand: str = "fp8") -> None:
         """A row of a compute-bound op: TFLOP/s, and the share of a large product with operands ``operand``."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from outrider.errors import ConfigError
 
-SUITES = ("elementwise", "gemm", "attention", "moe", "nvfp4", "sampling", "step", "few")
+SUITES = ("elementwise", "gemm", "attention", "moe", "nvfp4", "sampling", "moves", "step", "few")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
