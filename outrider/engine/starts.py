@@ -200,8 +200,8 @@ class Starts:
             return max(0.0, steps_until_room(others, last, self._capacity, waste) - steps / 2)
 
         together = wait_of(queue, others)
-        if together == 0 and fits(running, queues.held, self.estimator, self._kv.layout, self._capacity):
-            self._is_last_wave = True
+        if together == 0 and fits(running, queue, self.estimator, self._kv.layout, self._capacity):
+            self._is_last_wave, self._room_to_hold = True, 0  # who is not held by now was not found to fit
             return True
         first = Holdings.of_equals(head.prompt_blocks, at_end, num_outputs, num_first)
         apart = wait_of(queue[num_first:], others + first)

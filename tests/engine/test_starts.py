@@ -388,3 +388,30 @@ def test_the_usual_share_bounds_a_last_wave() -> None:
     assert wave_share(512, 100) == LAST_WAVE_TOKENS - 100
     assert wave_share(16, 100) == LAST_WAVE_SHARES * 16
     assert wave_share(2048, 100) == 2048
+
+
+@pytest.mark.parametrize(
+    ("room", "count", "prompt_len", "max_tokens", "share"),
+    [
+        (6, 18, 64, 50, 512),
+        (6, 18, 256, 300, 256),
+        (10, 14, 500, 200, 256),
+        (10, 28, 500, 200, 512),
+        (20, 44, 256, 300, 512),
+        (30, 78, 3000, 300, 256),
+    ],
+)
+def test_a_wave_that_starts_before_its_prompts_are_ready(
+    room: int, count: int, prompt_len: int, max_tokens: int, share: int
+) -> None:
+    """Guards: room for prompts of the wait that is still given when the wave runs, and a start that nobody checked."""
+    layout = plan_layout((False,) * 4, None, 4096, 64)
+    kv = KVManager(layout, room * -(-(prompt_len + max_tokens) // 64) + 1, False)
+    scheduler = Scheduler(kv, Limits(512, 8192, share))
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    for i in range(count):
+        scheduler.add(Request(request_id=f"r{i}", prompt_token_ids=[1] * prompt_len, sampling=params))
+    while scheduler.has_work:
+        step(scheduler)
+    scheduler.check_integrity()
+    assert scheduler.stats.preemptions == 0 and scheduler.stats.prompt_tokens == count * prompt_len
