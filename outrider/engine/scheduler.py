@@ -253,8 +253,6 @@ class Scheduler:
         self.stats.preemptions += 1
         self._give_back(seq)
         seq.num_computed = 0
-        if seq.num_read == 0:
-            seq.prompt_logprobs.clear()
         self._queues.move(seq, SequenceStatus.WAITING)
 
     # -- commit --------------------------------------------------------------------------------------
@@ -270,7 +268,8 @@ class Scheduler:
             seq.in_flight -= 1
             self._commit_positions(seq, piece)
             if index in result.prompt_logprobs and seq.num_read == 0:
-                seq.prompt_logprobs.extend(result.prompt_logprobs[index])
+                # By position: a preempted prompt is computed again, and a slice of the first time may still come in.
+                seq.prompt_logprobs[piece.start :] = result.prompt_logprobs[index]
             if piece.samples:
                 seq.num_pending -= 1
                 try:

@@ -201,7 +201,7 @@ class Starts:
 
         together = wait_of(queue, others)
         if together == 0 and fits(running, queue, self.estimator, self._kv.layout, self._capacity):
-            self._is_last_wave, self._room_to_hold = True, 0  # who is not held by now was not found to fit
+            self._is_last_wave, self._room_to_hold = True, 0  # whoever is not held yet starts as it is
             return True
         first = Holdings.of_equals(head.prompt_blocks, at_end, num_outputs, num_first)
         apart = wait_of(queue[num_first:], others + first)

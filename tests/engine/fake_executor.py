@@ -12,7 +12,7 @@ import numpy as np
 
 from outrider.kv_layout import KVLayout
 from outrider.runner.rows import RowTable
-from outrider.types import StepPlan, StepResult
+from outrider.types import SeqSlice, StepPlan, StepResult, TokenLogprobs
 
 
 class _Handle:
@@ -49,7 +49,18 @@ class FakeExecutor:
             self._next(piece.row, piece.start + piece.num_tokens) for piece in plan.slices if piece.samples
         ]
         self.last_ids[arrays.sample_rows] = out
-        return _Handle(StepResult(plan.step_id, out, [None] * len(out)))
+        about = {
+            i: entries for i, piece in enumerate(plan.slices) if (entries := self._prompt_logprobs(piece))
+        }
+        return _Handle(StepResult(plan.step_id, out, [None] * len(out), about))
+
+    def _prompt_logprobs(self, piece: SeqSlice) -> list[TokenLogprobs]:
+        """An entry for each prompt token behind those of the slice, if they were asked for."""
+        init = self.table.inits[piece.row]
+        if init is None or init.sampling.prompt_logprobs is None:
+            return []
+        targets = init.token_ids[piece.start + 1 : min(piece.start + piece.num_tokens + 1, init.prompt_len)]
+        return [TokenLogprobs(token_id, 0.0, 1, [], []) for token_id in targets]
 
     def _next(self, row: int, length: int) -> int:
         size = self.layout.block_size

@@ -8,11 +8,12 @@ import time
 import msgspec
 import pytest
 
+from outrider.engine.admission import OutputEstimator
 from outrider.engine.engine import Engine
 from outrider.engine.kv_manager import KVManager
 from outrider.engine.scheduler import Limits, Scheduler
 from outrider.kv_layout import KVLayout, plan_layout
-from outrider.types import STEP_TOKEN_BUCKETS, Request, SamplingParams, TokenEvent
+from outrider.types import STEP_TOKEN_BUCKETS, Request, SamplingParams, TokenEvent, TokenLogprobs
 from tests.engine.fake_executor import FakeExecutor, expected_ids
 
 FULL = plan_layout((False,) * 4, None, 256, 4)
@@ -114,6 +115,29 @@ def test_preemption_happens_and_is_harmless() -> None:
     assert engine.stats().preemptions > 0
     for r in requests:
         assert out[r.request_id] == expected_ids(r.prompt_token_ids, 60, FULL)
+
+
+@pytest.mark.parametrize("wait", range(10, 60, 7))
+@pytest.mark.parametrize("depth", [1, 2], ids=["plain", "overlapped"])
+def test_a_preempted_prompt_has_each_logprob_once(depth: int, wait: int) -> None:
+    """Guards: entries twice or lost, where a slice of the prompt is in flight as its blocks are taken."""
+    num_preempted = 0
+    for share, mean in ((4, 2.0), (8, 4.0), (16, 16.0)):
+        engine = make_engine(FULL, 41, budget=64, share=share, depth=depth, prefix=False)
+        engine.scheduler.starts.estimator = OutputEstimator(mean)  # too low for those that run
+        for i in range(3):
+            engine.add(request(f"r{i}", list(range(8)), 100))
+        for _ in range(wait):
+            engine.step()
+        prompt = list(range(100, 170))
+        engine.add(request("asks", prompt, 2, prompt_logprobs=0))
+        entries: list[TokenLogprobs | None] = []
+        while engine.has_work:
+            for event in engine.step():
+                entries += event.prompt_logprobs or []
+        assert [entry and entry.token_id for entry in entries] == [None, *prompt[1:]]
+        num_preempted += engine.stats().preemptions
+    assert num_preempted > 0
 
 
 def test_exact_lookahead_never_preempts() -> None:
