@@ -251,6 +251,8 @@ class Scheduler:
         device it runs after the step that still reads them.
         """
         self.stats.preemptions += 1
+        if seq.status is SequenceStatus.HELD:
+            self.starts.gave_way()
         self._give_back(seq)
         seq.num_computed = 0
         self._queues.move(seq, SequenceStatus.WAITING)

@@ -110,7 +110,8 @@ class Starts:
         """A request was queued."""
         if not self._demand:
             self._patience = self._usual_patience
-        elif self._is_last_wave:  # it was not the last: requests follow those that end
+        elif self._is_last_wave or self._hold_steps > 0 or self._room_to_hold > 0:
+            # The queue had not come to its end: requests follow one another, in a closed loop or an open one.
             self._patience = max(self._patience, self.estimator.mean_outputs(seq))
         seq.prompt_blocks = self._kv.num_blocks_for(seq.prompt_len)
         seq.demand = self._kv.num_blocks_for(self.estimator.expected_total(seq))
@@ -158,6 +159,10 @@ class Starts:
         if seq.paid:
             self._pacer.refund(seq.paid - self._area(seq, seq.num_outputs))
             self._hold_steps = 0  # there is room: look again
+
+    def gave_way(self) -> None:
+        """One that was held lost its blocks to those that run, which outgrew their estimates: hold no more for now."""
+        self._room_to_hold = 0
 
     def left(self, seq: Sequence) -> None:
         """A request is gone."""
