@@ -220,9 +220,12 @@ class Starts:
         if apart > together:
             self._hold_steps = together // 2  # then look again
             return False
-        # Starts at the rate at which ends will make room for what all others then grow.
+        # Starts at the rate at which ends will make room for what all others then grow; those whose ends nobody needs
+        # for that, as where prompts are longer than answers, at the even rate.
         age = max(seq.num_outputs for seq in running)
         self._hold_steps = total * math.log((len(running) + 1 + count) / count) - age
+        if num_first * total > self._capacity // at_end * num_outputs:
+            self._hold_steps = min(self._hold_steps, evenly / count)
         return True
 
     def _holdings(self, running: list[Sequence]) -> Holdings:

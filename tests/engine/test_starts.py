@@ -14,9 +14,10 @@ from outrider.engine.plan import Plan
 from outrider.engine.scheduler import Limits, Scheduler
 from outrider.engine.starts import LAST_WAVE_SHARES, LAST_WAVE_TOKENS, Pacer, Starts, wave_share
 from outrider.kv_layout import plan_layout
-from outrider.types import Request, SamplingParams, StepResult
+from outrider.types import EngineStats, Request, SamplingParams, StepResult
 
 FULL = plan_layout((False,) * 4, None, 4096, 16)
+WIDE = plan_layout((False,) * 4, None, 65536, 64)
 
 
 def step(scheduler: Scheduler) -> Plan:
@@ -413,6 +414,22 @@ def test_the_usual_share_bounds_a_last_wave() -> None:
     assert wave_share(2048, 100) == 2048
 
 
+def burst(
+    room: int, count: int, prompt_len: int, max_tokens: int, share: int, **changes: float
+) -> EngineStats:
+    """What became of ``count`` equal requests that came at once, where blocks for the ends of ``room`` are there."""
+    kv = KVManager(WIDE, room * -(-(prompt_len + max_tokens) // 64) + 1, False)
+    scheduler = Scheduler(kv, Limits(512, 8192, share))
+    scheduler.starts = Starts(kv, share, 512, **changes)
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    for i in range(count):
+        scheduler.add(Request(request_id=f"r{i}", prompt_token_ids=[1] * prompt_len, sampling=params))
+    while scheduler.has_work:
+        step(scheduler)
+    scheduler.check_integrity()
+    return scheduler.update_stats()
+
+
 @pytest.mark.parametrize(
     ("room", "count", "prompt_len", "max_tokens", "share"),
     [
@@ -428,13 +445,18 @@ def test_a_wave_that_starts_before_its_prompts_are_ready(
     room: int, count: int, prompt_len: int, max_tokens: int, share: int
 ) -> None:
     """Guards: room for prompts of the wait that is still given when the wave runs, and a start that nobody checked."""
-    layout = plan_layout((False,) * 4, None, 4096, 64)
-    kv = KVManager(layout, room * -(-(prompt_len + max_tokens) // 64) + 1, False)
-    scheduler = Scheduler(kv, Limits(512, 8192, share))
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-    for i in range(count):
-        scheduler.add(Request(request_id=f"r{i}", prompt_token_ids=[1] * prompt_len, sampling=params))
-    while scheduler.has_work:
-        step(scheduler)
-    scheduler.check_integrity()
-    assert scheduler.stats.preemptions == 0 and scheduler.stats.prompt_tokens == count * prompt_len
+    stats = burst(room, count, prompt_len, max_tokens, share)
+    assert stats.preemptions == 0 and stats.prompt_tokens == count * prompt_len
+
+
+@pytest.mark.parametrize(
+    ("room", "count", "prompt_len", "max_tokens"),
+    [(20, 36, 6000, 500), (30, 60, 3000, 300), (20, 38, 1500, 300), (6, 11, 3000, 500), (40, 61, 3000, 50)],
+)
+def test_long_prompts_do_not_put_the_first_starts_off(
+    room: int, count: int, prompt_len: int, max_tokens: int
+) -> None:
+    """Answers grow little then: far fewer ends must be spread over the wait than there are requests."""
+    planned = burst(room, count, prompt_len, max_tokens, 512)
+    spread = burst(room, count, prompt_len, max_tokens, 512, patience=math.inf)
+    assert planned.steps <= 1.04 * spread.steps
