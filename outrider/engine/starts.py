@@ -192,7 +192,8 @@ class Starts:
         num_outputs, total = self.estimator.mean_outputs(head), self.estimator.expected_total(head)
         at_end = self._kv.num_blocks_for(total)
         if self._capacity // at_end > self._max_num_seqs:
-            return self._pacer.may_start  # rows run out before memory does: no end to plan for
+            self._room_to_hold = 0  # rows run out before memory does: no end to plan for
+            return self._pacer.may_start
         num_first = max(1, count - self._capacity // at_end)
         others = self._holdings(running)
         waste = 0.5 * len(self._kv.layout.local)  # half a block on average; none may be left over
