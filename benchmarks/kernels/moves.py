@@ -16,7 +16,7 @@ from benchmarks.kernels.common import Report, copied_bytes_per_s, graph_us, pars
 from benchmarks.kernels.elementwise import expect, sets
 from benchmarks.record import end_with
 from outrider.kernels._dispatch import ceil_div, num_sms, power_of_two_at_least
-from outrider.kernels.attention_decode import DecodeTile, pick_num_splits
+from outrider.kernels.attention_decode import MERGE_WARPS, DecodeTile, pick_num_splits
 from outrider.kernels.attention_merge import _merge_kernel
 from outrider.kernels.embedding import embedding_triton
 from outrider.kernels.nvfp4 import dequantize_nvfp4
@@ -78,7 +78,7 @@ def bench_merge(report: Report, num_seqs: int, num_splits: int, context: int) ->
         _merge_kernel[(H, num_seqs)](
             partial, lse, lens, out, num_splits, V_SCALE, None,
             D=D, TILE=tile, CHUNK=0, SPLITS=power_of_two_at_least(num_splits, 2), MODEL_DTYPE=tl.bfloat16,
-            QUANTIZE=False, num_warps=2, **overlap_options(DEVICE, num_seqs),
+            QUANTIZE=False, num_warps=MERGE_WARPS, **overlap_options(DEVICE, num_seqs),
         )  # fmt: skip
         return out
 
